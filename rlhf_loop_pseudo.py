@@ -1,0 +1,1479 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["numpy>=1.24", "rich>=13.8"]
+# ///
+"""The complete RLHF-PPO training loop in one file, with real numbers.
+
+    python rlhf_loop_pseudo.py                               one step, every tensor shown
+    python rlhf_loop_pseudo.py --preset letters --steps 200  training, in seconds
+
+Four toy models (actor, critic, reward, reference) go through the seven steps of
+"Fine-Tuning Language Models from Human Preferences" and InstructGPT:
+
+    1. sample prompts
+    2. the actor generates responses
+    3. the reward model scores them
+    4. the reference measures how far the actor has moved: the KL penalty
+    5. score and penalty become one reward per token
+    6. the critic and GAE turn rewards into advantages
+    7. PPO updates the actor, regression updates the critic
+
+Only the models' size is a toy. Gradients, masks, clipping and Adam are exact.
+
+Letters in shape comments: B sequences, P prompt tokens, T response tokens, V vocabulary,
+D width, S sequence (P + T or less), N real tokens in the batch. Log probabilities and KL are in nats.
+"""
+
+from __future__ import annotations
+
+# Ctrl-C during the imports ends as quietly as it does later
+if __name__ == "__main__":
+    import os
+    import signal
+
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
+import argparse
+import codecs
+import inspect
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from rich.console import Console
+from rich.text import Text
+
+# ------------------------------------------------------------------ 2. configuration
+
+
+def setting(default, allowed, meaning):
+    """One field of Config: its default, the rule for its values and its meaning."""
+    return field(default=default, metadata={"allowed": allowed, "meaning": meaning})
+
+
+COUNT = "a whole number of at least 1"
+NOT_NEGATIVE = "a finite number of at least 0"
+FRACTION = "a number from 0 to 1"
+ALLOWED = {
+    COUNT: lambda x: x >= 1,
+    "a whole number of at least 2": lambda x: x >= 2,
+    "a whole number of at least 0": lambda x: x >= 0,
+    NOT_NEGATIVE: lambda x: 0 <= x < math.inf,
+    FRACTION: lambda x: 0 <= x <= 1,
+    "a number between 0 and 1, both excluded": lambda x: 0 < x < 1,
+    "k1, k2 or k3": lambda x: x in ("k1", "k2", "k3"),
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that affects the algorithm; raises ValueError for a value outside its rule."""
+
+    batch_size: int = setting(4, COUNT, "B, sequences in a batch (TRL per_device_train_batch_size)")
+    prompt_length: int = setting(64, COUNT, "P, tokens in a prompt (verl data.max_prompt_length)")
+    response_length: int = setting(128, COUNT, "T, most tokens in a response (TRL response_length)")
+    vocab_size: int = setting(50257, "a whole number of at least 2", "V; the last token ends a text; GPT-2 has 50257")
+    width: int = setting(32, COUNT, "D, numbers in a hidden state (n_embd in GPT-2, there 768)")
+    steps: int = setting(1, COUNT, "RLHF steps, a batch each; 1 is the walk-through")
+    beta: float = setting(0.02, NOT_NEGATIVE, "price of KL, score per nat (InstructGPT's; TRL kl_coef)")
+    kl_estimator: str = setting("k1", "k1, k2 or k3", "how KL is estimated from a token (TRL kl_estimator)")
+    gamma: float = setting(1.0, FRACTION, "discount per token (TRL gamma)")
+    lam: float = setting(0.95, FRACTION, "GAE's lambda, per token (TRL lam)")
+    clip: float = setting(0.2, "a number between 0 and 1, both excluded", "PPO's epsilon, a ratio (TRL cliprange)")
+    ppo_epochs: int = setting(4, COUNT, "updates on each batch (TRL num_ppo_epochs)")
+    learning_rate: float = setting(4e-4, NOT_NEGATIVE, "Adam's, falling to 0 over the steps (TRL learning_rate)")
+    drift: float = setting(0.5, NOT_NEGATIVE, "noise that sets the actor off its reference, in standard deviations")
+    seed: int = setting(0, "a whole number of at least 0", "seed of all randomness (TRL seed)")
+
+    def __post_init__(self):
+        for setting in fields(self):
+            value, allowed = getattr(self, setting.name), setting.metadata["allowed"]
+            if not ALLOWED[allowed](value):
+                raise ValueError(f"{setting.name}: {value!r} is not {allowed}")
+
+
+# ------------------------------------------------------------------ 3. toy models
+
+SLICE = 6_000_000  # numbers of an (N, V) matrix held at once: 24 MB, which the allocator reuses
+
+
+def init_weights(rng, shape, deviation):
+    """Draw weights uniformly around 0 with the given standard deviation, float32."""
+    return (rng.random(shape, dtype=np.float32) - np.float32(0.5)) * np.float32(deviation * 12**0.5)
+
+
+def init_head(rng, width, out_width, scale=1.0):
+    """Draw a (D, out) matrix with standard deviation scale / sqrt(D)."""
+    return init_weights(rng, (width, out_width), scale / width**0.5)
+
+
+def init_model(rng, vocab_size, width, out_width, scale=1.0):
+    """Draw a model: backbone (embed, mix) and head, float32.
+
+    Returns {"embed": (V, D), "mix": (D, D), "head": (D, out_width)}. The context weighs more
+    than the token itself, so that a token late in a response can still be judged by all before it.
+    """
+    return {
+        "embed": init_weights(rng, (vocab_size, width), 0.1),
+        "mix": init_head(rng, width, width, scale=5.0),
+        "head": init_head(rng, width, out_width, scale),
+    }
+
+
+class Models(NamedTuple):
+    """The four models of RLHF. Two learn, two are frozen."""
+
+    actor: dict
+    critic: dict
+    reward_model: dict
+    reference: dict
+
+
+def init_models(config, rng):
+    """Start all four from one backbone, as RLHF starts them from one fine-tuned model.
+
+    drift sets the actor off the reference, and the critic's head off zero, as training would.
+    """
+    sizes, drift = (config.vocab_size, config.width), np.float32(config.drift)
+    reference = init_model(rng, *sizes, config.vocab_size, scale=2.0)
+    noise = init_model(rng, *sizes, config.vocab_size, scale=2.0)
+    embed, mix = reference["embed"], reference["mix"]
+    return Models(
+        actor={name: reference[name] + drift * noise[name] for name in reference},
+        critic={"embed": embed.copy(), "mix": mix.copy(), "head": drift * init_head(rng, config.width, 1)},
+        reward_model={"embed": embed.copy(), "mix": mix.copy(), "head": init_head(rng, config.width, 1, scale=3.0)},
+        reference=reference,
+    )
+
+
+def root_positions(x):
+    """sqrt(t + 1) for each position t of x (B, S, D). Returns (S, 1)."""
+    return np.sqrt(np.arange(1, x.shape[1] + 1, dtype=x.dtype))[:, None]
+
+
+def attend(x):
+    """Causal attention to every position so far equally: sum(x[0..t]) / sqrt(t + 1). (B, S, D) -> (B, S, D).
+
+    The root, not t + 1, so that the context keeps its variance. Summed in the order in which generate
+    sums, so that a token's log probability is the same to the last bit in both.
+    """
+    return np.cumsum(x, axis=1) / root_positions(x)
+
+
+def backbone(model, tokens):
+    """Hidden states of a causal one-layer model: tanh(embed[x[t]] + attend(embed[x])[t] @ mix).
+
+    tokens (B, S) int. Returns (B, S, D), every number in (-1, 1).
+    """
+    return backbone_and_context(model, tokens)[0]
+
+
+def backbone_and_context(model, tokens):
+    """What backbone returns, and attend(embed[x]) (B, S, D), which its gradient needs."""
+    x = model["embed"][tokens]  # (B, S) -> (B, S, D)
+    context = attend(x)
+    return np.tanh(x + context @ model["mix"]), context
+
+
+def backbone_gradients(model, tokens, hidden, context, d_hidden):
+    """Gradients of a loss with respect to embed and mix, given d_hidden = d loss / d hidden (B, S, D)."""
+    width = hidden.shape[-1]
+    d_sum = d_hidden * (1 - hidden**2)  # through tanh
+    d_mix = context.reshape(-1, width).T @ d_sum.reshape(-1, width)  # (D, B * S) @ (B * S, D)
+    d_context = d_sum @ model["mix"].T / root_positions(hidden)
+    d_x = d_sum + np.cumsum(d_context[:, ::-1], axis=1)[:, ::-1]  # x[t] is in the context of every later position
+    # one token's rows of d_x are added up; sorted first, because np.add.at is slow
+    order = np.argsort(tokens, axis=None, kind="stable")
+    used, first = np.unique(tokens.ravel()[order], return_index=True)
+    d_embed = np.zeros_like(model["embed"])
+    d_embed[used] = np.add.reduceat(d_x.reshape(-1, width)[order], first, axis=0)
+    return {"embed": d_embed, "mix": d_mix}
+
+
+def response_inputs(prompts, responses):
+    """The tokens from which the response is predicted: all but the last. (B, P), (B, T) -> (B, P + T - 1).
+
+    Response token t is predicted one position to its left, at P - 1 + t.
+    """
+    return np.concatenate([prompts, responses[:, :-1]], axis=1)
+
+
+def response_states(model, prompts, responses):
+    """Hidden states before each response token. Returns (B, T, D)."""
+    return backbone(model, response_inputs(prompts, responses))[:, prompts.shape[1] - 1 :]
+
+
+def sliced_logits(states, head):
+    """Yield states @ head as (rows, logits), at most SLICE logits at once, each time in the same buffer.
+
+    A whole (N, V) matrix would cost more in fresh memory than in arithmetic.
+    """
+    step = max(1, SLICE // head.shape[1])
+    buffer = np.empty((step, head.shape[1]), dtype=head.dtype)
+    for start in range(0, len(states), step):
+        rows = slice(start, min(start + step, len(states)))
+        yield rows, np.matmul(states[rows], head, out=buffer[: rows.stop - start])  # (n, D) -> (n, V)
+
+
+def exp_and_logprobs(logits, tokens):
+    """Softmax in parts, in place: logits become exp(logits - row maximum).
+
+    logits (n, V), tokens (n,). Returns (exps, sums, logprobs): exps is logits, its rows not yet
+    divided by their sums (n,); logprobs (n,) are those of tokens, in nats.
+    """
+    logits -= logits.max(axis=1, keepdims=True)
+    chosen = logits[np.arange(len(tokens)), tokens]  # (n, V) -> (n,)
+    exps = np.exp(logits, out=logits)
+    sums = exps.sum(axis=1)
+    return exps, sums, chosen - np.log(sums)
+
+
+# ------------------------------------------------------------------ 4. the seven steps
+
+
+# ANCHOR: sample_prompts
+def sample_prompts(rng, batch_size, prompt_length, vocab_size):
+    """Step 1. Draw random prompts, without the end token.
+
+    Returns (B, P) int, each from 0 to V - 2: token V - 1 ends a text.
+    """
+    return rng.integers(0, vocab_size - 1, size=(batch_size, prompt_length))
+
+
+# ANCHOR_END: sample_prompts
+
+
+# ANCHOR: generate
+def generate(actor, prompts, response_length, rng, eos_token, keep_logits=True):
+    """Step 2. Sample a response to each prompt, token by token.
+
+    token[t] ~ softmax(hidden[P - 1 + t] @ head), temperature 1. The context is a running sum, so that each
+    token costs one position, not the whole sequence: what a key-value cache does for a transformer.
+
+    prompts (B, P) int. Returns (responses, mask, logprobs, logits):
+    responses (B, T) int, filled with eos_token after the end; mask (B, T), 1 up to and including
+    the first end token; logprobs (B, T) in nats, 0 where the mask is 0; logits (B, T, V) or None.
+    """
+    batch_size, prompt_length = prompts.shape
+    embed, mix, head = actor["embed"], actor["mix"], actor["head"]
+    responses = np.full((batch_size, response_length), eos_token)
+    logprobs = np.zeros((batch_size, response_length), dtype=head.dtype)
+    mask = np.zeros_like(logprobs)
+    logits = np.empty((*mask.shape, head.shape[1]), dtype=head.dtype) if keep_logits else None
+    context_sum = embed[prompts].sum(axis=1)  # (B, P, D) -> (B, D)
+    token = prompts[:, -1]
+    running = np.ones(batch_size, dtype=bool)
+    for t in range(response_length):
+        context = context_sum / (prompt_length + t) ** 0.5
+        hidden = np.tanh(embed[token] + context @ mix)  # (B, D)
+        token_logits = hidden @ head  # (B, D) -> (B, V)
+        if keep_logits:
+            logits[:, t] = token_logits
+        token, logprob = sample_tokens(token_logits, rng)  # (B, V) -> (B,)
+        token = np.where(running, token, eos_token)
+        responses[:, t], mask[:, t], logprobs[:, t] = token, running, np.where(running, logprob, 0)
+        running &= token != eos_token
+        context_sum = context_sum + embed[token]
+    return responses, mask, logprobs, logits
+
+
+# ANCHOR_END: generate
+
+
+def sample_tokens(logits, rng):
+    """Draw a token for each row by inverting the cumulative distribution. (B, V) -> tokens, logprobs (B,)."""
+    logits = logits - logits.max(axis=1, keepdims=True)
+    exps = np.exp(logits)
+    cumulative = np.cumsum(exps, axis=1)
+    # 1 - u lies in (0, 1]: a token of probability 0 is never drawn, nor one past the last
+    threshold = (1 - rng.random(len(logits))).astype(logits.dtype) * cumulative[:, -1]
+    tokens = np.count_nonzero(cumulative < threshold[:, None], axis=1)
+    return tokens, logits[np.arange(len(tokens)), tokens] - np.log(exps.sum(axis=1))
+
+
+# ANCHOR: score_responses
+def score_responses(reward_model, prompts, responses, mask):
+    """Step 3. Score each response by one number.
+
+    score = sigmoid(hidden[last real token] @ head)
+
+    prompts (B, P), responses (B, T), mask (B, T). Returns scores (B,), each in (0, 1).
+    Raises ValueError for a mask with an empty row. Source: InstructGPT (Ouyang et al. 2022), section 3.5.
+    """
+    lengths = np.count_nonzero(mask, axis=1)
+    if not lengths.all():
+        raise ValueError("mask: a row without a real token has no last token to score")
+    hidden = backbone(reward_model, np.concatenate([prompts, responses], axis=1))  # (B, P + T, D)
+    last = hidden[np.arange(len(lengths)), prompts.shape[1] + lengths - 1]  # (B, P + T, D) -> (B, D)
+    logit = (last @ reward_model["head"])[:, 0]
+    return 0.5 * (1 + np.tanh(logit / 2))  # the sigmoid, in a form that cannot overflow
+
+
+# ANCHOR_END: score_responses
+
+
+# ANCHOR: token_logprobs
+def token_logprobs(model, prompts, responses):
+    """Step 4. Log probability of each response token.
+
+    logprob[t] = log softmax(hidden[P - 1 + t] @ head)[responses[t]]
+
+    One forward pass over the whole sequence, at most SLICE logits at once.
+    prompts (B, P), responses (B, T). Returns (B, T) in nats, padding not masked.
+    """
+    states = response_states(model, prompts, responses)
+    states = states.reshape(-1, states.shape[-1])  # (B, T, D) -> (B * T, D)
+    tokens = responses.ravel()
+    logprobs = np.empty(len(tokens), dtype=states.dtype)
+    for rows, logits in sliced_logits(states, model["head"]):
+        _, _, logprobs[rows] = exp_and_logprobs(logits, tokens[rows])
+    return logprobs.reshape(responses.shape)
+
+
+# ANCHOR_END: token_logprobs
+
+
+# ANCHOR: kl_penalty
+def kl_penalty(logprobs, ref_logprobs, estimator="k1"):
+    """Step 4. Estimate KL(actor || reference), token by token.
+
+    k1 = lp - ref    k2 = (lp - ref)² / 2    k3 = exp(ref - lp) - 1 - (ref - lp)
+
+    k1 and k3 have the KL as their mean; k1 may be negative on a token, k3 never; k2 is biased.
+    logprobs, ref_logprobs (B, T) in nats. Returns (B, T) in nats.
+    Raises ValueError for shapes that differ or an unknown estimator.
+    Source: Schulman 2020, "Approximating KL Divergence".
+    """
+    if logprobs.shape != ref_logprobs.shape:
+        raise ValueError(f"ref_logprobs: shape {ref_logprobs.shape} is not that of logprobs, {logprobs.shape}")
+    difference = logprobs - ref_logprobs
+    if estimator == "k1":
+        return difference
+    if estimator == "k2":
+        return difference**2 / 2
+    if estimator == "k3":
+        return np.expm1(-difference) + difference
+    raise ValueError(f"estimator: {estimator!r} is not k1, k2 or k3")
+
+
+# ANCHOR_END: kl_penalty
+
+
+# ANCHOR: shape_rewards
+def shape_rewards(scores, kl, mask, beta):
+    """Step 5. Merge score and KL penalty into a reward per token.
+
+    reward[t] = -beta * kl[t], and the score on top of it at the last real token, where the
+    response is complete and can be judged. A row's sum is score - beta * its KL.
+
+    scores (B,), kl (B, T) in nats, mask (B, T), beta in score per nat. Returns (B, T), 0 at padding.
+    Raises ValueError for shapes that do not fit or a mask with an empty row.
+    Source: Ziegler et al. 2019, equation 2.
+    """
+    if kl.shape != mask.shape or scores.shape != mask.shape[:1]:
+        raise ValueError(f"scores {scores.shape}, kl {kl.shape}, mask {mask.shape} must be (B,), (B, T), (B, T)")
+    lengths = np.count_nonzero(mask, axis=1)
+    if not lengths.all():
+        raise ValueError("mask: a row without a real token has no place for its score")
+    rewards = np.where(mask, -beta * kl, 0)
+    rewards[np.arange(len(lengths)), lengths - 1] += scores
+    return rewards
+
+
+# ANCHOR_END: shape_rewards
+
+
+# ANCHOR: critic_values
+def critic_values(critic, prompts, responses):
+    """Step 6. Predict the return of each state.
+
+    value[t] = hidden[P - 1 + t] @ head: the state before token t is chosen.
+
+    prompts (B, P), responses (B, T). Returns (B, T), in units of reward, padding not masked.
+    """
+    return (response_states(critic, prompts, responses) @ critic["head"])[..., 0]  # (B, T, D) -> (B, T)
+
+
+# ANCHOR_END: critic_values
+
+
+# ANCHOR: gae
+def gae(rewards, values, mask, gamma, lam):
+    """Step 6. Generalized advantage estimation.
+
+    δ[t] = reward[t] + γ value[t + 1] - value[t]
+    advantage[t] = δ[t] + γ λ advantage[t + 1]
+    return[t] = advantage[t] + value[t]
+
+    Past the last real token, value and advantage are 0. λ = 0 leaves δ, the TD error; λ = 1 is the
+    Monte Carlo return minus the value.
+    rewards, values, mask (B, T); gamma, lam in [0, 1]. Returns (advantages, returns), (B, T), 0 at padding.
+    Raises ValueError for shapes that differ. Source: Schulman et al. 2016, equations 11, 12 and 16.
+    """
+    if not rewards.shape == values.shape == mask.shape:
+        raise ValueError(f"rewards {rewards.shape}, values {values.shape}, mask {mask.shape} must all be (B, T)")
+    values = np.where(mask, values, 0)
+    advantages = np.zeros_like(values)
+    next_value = next_advantage = np.zeros_like(values[:, 0])  # (B,)
+    for t in reversed(range(values.shape[1])):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        advantages[:, t] = np.where(mask[:, t], delta + gamma * lam * next_advantage, 0)
+        next_value, next_advantage = values[:, t], advantages[:, t]
+    return advantages, advantages + values
+
+
+# ANCHOR_END: gae
+
+
+# ANCHOR: whiten
+def whiten(x, mask):
+    """Step 6. Shift and scale to mean 0 and variance 1 over the real tokens.
+
+    (x - mean) / sqrt(variance + 1e-8), the variance unbiased (divided by n - 1).
+    x, mask (B, T). Returns (B, T), 0 at padding. Raises ValueError for shapes that differ or no real token.
+    Source: Huang et al. 2024, "The N+ Implementation Details of RLHF with PPO".
+    """
+    if x.shape != mask.shape or not mask.any():
+        raise ValueError(f"mask: needs the shape of x, {x.shape}, and a real token; its shape is {mask.shape}")
+    count = int(np.count_nonzero(mask))
+    mean = np.where(mask, x, 0).sum() / count
+    centered = np.where(mask, x - mean, 0)
+    variance = (centered**2).sum() / max(count - 1, 1)
+    return centered / np.sqrt(variance + 1e-8)
+
+
+# ANCHOR_END: whiten
+
+
+# ANCHOR: ppo_loss
+def ppo_loss(new_logprobs, old_logprobs, advantages, mask, clip):
+    """Step 7. PPO's clipped policy loss and its derivative.
+
+    ratio = exp(new - old)
+    loss = mean over real tokens of -min(ratio * A, clip(ratio, 1 - clip, 1 + clip) * A)
+    d loss / d new = -ratio * A / n where the first of the two is the smaller, else 0
+
+    The minimum takes away the gain, and so the gradient, of moving the ratio past the clip.
+    All (B, T), log probabilities in nats. Returns (loss, d_loss/d_new_logprobs, ratio): scalar, (B, T),
+    (B, T), 0 at padding. Raises ValueError for shapes that differ or no real token.
+    Source: Schulman et al. 2017, equation 7.
+    """
+    if not new_logprobs.shape == old_logprobs.shape == advantages.shape == mask.shape or not mask.any():
+        raise ValueError("new_logprobs, old_logprobs, advantages, mask must have one shape, and mask a real token")
+    count = int(np.count_nonzero(mask))
+    log_ratio = np.where(mask, new_logprobs - old_logprobs, 0)
+    ratio = np.where(mask, np.exp(log_ratio), 0)
+    advantages = np.where(mask, advantages, 0)
+    unclipped = ratio * advantages
+    clipped = np.clip(ratio, 1 - clip, 1 + clip) * advantages
+    loss = -np.minimum(unclipped, clipped).sum() / count
+    return loss, np.where(unclipped <= clipped, -unclipped, 0) / count, ratio
+
+
+# ANCHOR_END: ppo_loss
+
+
+# ANCHOR: value_loss
+def value_loss(values, returns, mask):
+    """Step 7. The critic's mean squared error and its derivative.
+
+    loss = mean over real tokens of (value - return)²    d loss / d value = 2 (value - return) / n
+
+    All (B, T). Returns (loss, d_loss/d_values): scalar, (B, T), 0 at padding.
+    Raises ValueError for shapes that differ or no real token. Source: Schulman et al. 2017, section 5 (L^VF).
+    """
+    if not values.shape == returns.shape == mask.shape or not mask.any():
+        raise ValueError("values, returns, mask must have one shape, and mask a real token")
+    count = int(np.count_nonzero(mask))
+    error = np.where(mask, values - returns, 0)
+    return (error**2).sum() / count, 2 * error / count
+
+
+# ANCHOR_END: value_loss
+
+
+# ANCHOR: actor_gradients
+def actor_gradients(actor, prompts, responses, old_logprobs, advantages, mask, clip):
+    """Step 7. Gradients of ppo_loss for the actor's parameters.
+
+    One forward and one backward pass, with
+    d loss / d logits = d_loss/d_new_logprob * (one-hot of the token - softmax(logits))
+
+    prompts (B, P), the others (B, T). Returns (gradients, loss, ratio): keyed like the parameters,
+    scalar, (B, T) with 0 at padding.
+    """
+    inputs, real = response_inputs(prompts, responses), mask.astype(bool)
+    hidden, context = backbone_and_context(actor, inputs)  # (B, S, D) both
+    states, tokens = hidden[:, prompts.shape[1] - 1 :][real], responses[real]  # (N, D), (N,)
+    old_logprobs, advantages = old_logprobs[real], advantages[real]
+    head, loss = actor["head"], 0.0
+    d_head, d_states, ratio = np.zeros_like(head), np.empty_like(states), np.empty_like(old_logprobs)
+    for rows, logits in sliced_logits(states, head):
+        exps, sums, new_logprobs = exp_and_logprobs(logits, tokens[rows])
+        ones = np.ones_like(new_logprobs)
+        mean, d_mean, ratio[rows] = ppo_loss(new_logprobs, old_logprobs[rows], advantages[rows], ones, clip)
+        share = len(ones) / len(tokens)  # the loss is a mean over all rows, ppo_loss saw these
+        loss += share * mean
+        exps[np.arange(len(sums)), tokens[rows]] -= sums  # now -(one-hot - softmax) * sums
+        scale = (share * d_mean / sums)[:, None]  # (n, 1), small: the (n, V) matrix is never scaled itself
+        d_head -= (states[rows] * scale).T @ exps  # (D, n) @ (n, V)
+        d_states[rows] = -scale * (exps @ head.T)  # (n, V) @ (V, D)
+    d_hidden, all_ratios = np.zeros_like(hidden), np.zeros(mask.shape, dtype=ratio.dtype)
+    d_hidden[:, prompts.shape[1] - 1 :][real] = d_states
+    all_ratios[real] = ratio
+    return {**backbone_gradients(actor, inputs, hidden, context, d_hidden), "head": d_head}, loss, all_ratios
+
+
+# ANCHOR_END: actor_gradients
+
+
+# ANCHOR: critic_gradients
+def critic_gradients(critic, prompts, responses, returns, mask):
+    """Step 7. Gradients of value_loss for the critic's parameters.
+
+    One forward and one backward pass.
+
+    prompts (B, P), the others (B, T). Returns (gradients, loss): keyed like the parameters, scalar.
+    """
+    inputs, head = response_inputs(prompts, responses), critic["head"]
+    hidden, context = backbone_and_context(critic, inputs)  # (B, S, D) both
+    states = hidden[:, prompts.shape[1] - 1 :]  # (B, T, D)
+    loss, d_values = value_loss((states @ head)[..., 0], returns, mask)
+    d_head = states.reshape(-1, len(head)).T @ d_values.reshape(-1, 1)  # (D, B * T) @ (B * T, 1)
+    d_hidden = np.zeros_like(hidden)
+    d_hidden[:, prompts.shape[1] - 1 :] = d_values[..., None] * head[:, 0]
+    return {**backbone_gradients(critic, inputs, hidden, context, d_hidden), "head": d_head}, loss
+
+
+# ANCHOR_END: critic_gradients
+
+
+# ANCHOR: adam_step
+def adam_step(params, gradients, state, learning_rate):
+    """Step 7. One Adam update, IN PLACE.
+
+    Changes params and state, returns None.
+
+    m = 0.9 m + 0.1 g    v = 0.999 v + 0.001 g²    p -= rate * m̂ / (sqrt(v̂) + 1e-8)
+
+    with m̂ = m / (1 - 0.9^t) and v̂ = v / (1 - 0.999^t). params and gradients share their keys and shapes;
+    state starts as {} and holds t, m and v. Source: Kingma & Ba 2015, algorithm 1.
+    """
+    if not state:
+        state.update(t=0, m={}, v={})
+        for name, param in params.items():
+            state["m"][name], state["v"][name] = np.zeros_like(param), np.zeros_like(param)
+    state["t"] += 1
+    for name, gradient in gradients.items():
+        step = max(1, 32768 * len(gradient) // gradient.size)
+        for start in range(0, len(gradient), step):  # in blocks that stay in the processor's cache
+            rows = slice(start, start + step)
+            g, m, v = gradient[rows], state["m"][name][rows], state["v"][name][rows]
+            m += 0.1 * (g - m)
+            v += 0.001 * (g**2 - v)
+            m_hat, v_hat = m / (1 - 0.9 ** state["t"]), v / (1 - 0.999 ** state["t"])
+            params[name][rows] -= learning_rate * m_hat / (np.sqrt(v_hat) + 1e-8)
+
+
+# ANCHOR_END: adam_step
+
+
+def exact_kl(logits, logprobs, reference, ref_logprobs, prompts, responses):
+    """KL(actor || reference) of each token's whole distribution: Σ over v of p(v) (log p(v) - log q(v)).
+
+    For the walk-through only: training samples one token where this needs V. With c the sampled token,
+    log p(v) = log p(c) + logits[v] - logits[c], and the same for q, so no second softmax is needed.
+    logits (B, T, V), logprobs and ref_logprobs (B, T). Returns (B, T) in nats, padding not masked.
+    """
+    states = response_states(reference, prompts, responses)
+    states = states.reshape(-1, states.shape[-1])  # (B, T, D) -> (N, D)
+    logits, tokens = logits.reshape(len(states), -1), responses.ravel()
+    logprobs, ref_logprobs = logprobs.ravel(), ref_logprobs.ravel()
+    kl = np.empty_like(logprobs)
+    for rows, ref_logits in sliced_logits(states, reference["head"]):
+        chosen = np.arange(len(ref_logits)), tokens[rows]
+        gap = np.subtract(logits[rows], ref_logits, out=ref_logits)  # (n, V)
+        probs = logits[rows] + (logprobs[rows] - logits[rows][chosen])[:, None]
+        np.exp(probs, out=probs)
+        kl[rows] = np.einsum("nv,nv->n", probs, gap) - gap[chosen] + logprobs[rows] - ref_logprobs[rows]
+    return kl.reshape(responses.shape)
+
+
+# ------------------------------------------------------------------ 5. the loop
+
+
+# ANCHOR: core_loop
+def core_loop(models, config, rng):
+    """The seven steps, config.steps times: RLHF with PPO.
+
+    A generator of named arrays, a dict for each of the seven. Whoever drains it decides what to do with
+    them: show, wait, save or only train. The actor and the critic in models change in place; the reward
+    model and the reference never do.
+    """
+    actor, critic, reward_model, reference = models
+    actor_state, critic_state, eos_token = {}, {}, config.vocab_size - 1
+    for step in range(config.steps):
+        # 1. Sample prompts
+        prompts = sample_prompts(rng, config.batch_size, config.prompt_length, config.vocab_size)
+        yield {"prompts": prompts}
+
+        # 2. Generate
+        responses, mask, old_logprobs, logits = generate(
+            actor, prompts, config.response_length, rng, eos_token, keep_logits=config.steps == 1
+        )
+        yield {"responses": responses, "mask": mask, "old_logprobs": old_logprobs, "logits": logits}
+        del logits  # only shown, and the largest array of all
+
+        # 3. Score
+        scores = score_responses(reward_model, prompts, responses, mask)
+        yield {"scores": scores}
+
+        # 4. KL penalty
+        ref_logprobs = token_logprobs(reference, prompts, responses) * mask
+        kl = kl_penalty(old_logprobs, ref_logprobs, config.kl_estimator)
+        yield {"ref_logprobs": ref_logprobs, "kl": kl}
+
+        # 5. Total rewards
+        rewards = shape_rewards(scores, kl, mask, config.beta)
+        yield {"rewards": rewards}
+
+        # 6. Advantages
+        values = critic_values(critic, prompts, responses) * mask
+        advantages, returns = gae(rewards, values, mask, config.gamma, config.lam)
+        whitened = whiten(advantages, mask)
+        yield {"values": values, "advantages": advantages, "returns": returns, "whitened": whitened}
+
+        # 7. PPO update
+        learning_rate = config.learning_rate * (1 - step / config.steps)
+        actor_losses, critic_losses, ratios = [], [], []
+        for _ in range(config.ppo_epochs):
+            gradients, actor_loss, ratio = actor_gradients(
+                actor, prompts, responses, old_logprobs, whitened, mask, config.clip
+            )
+            adam_step(actor, gradients, actor_state, learning_rate)
+            gradients, critic_loss = critic_gradients(critic, prompts, responses, returns, mask)
+            adam_step(critic, gradients, critic_state, learning_rate)
+            actor_losses.append(actor_loss)
+            critic_losses.append(critic_loss)
+            ratios.append(ratio)
+        yield {
+            "ratio": np.stack(ratios),  # (epochs, B, T)
+            "actor_loss": np.array(actor_losses),
+            "critic_loss": np.array(critic_losses),
+            "learning_rate": np.array(learning_rate),
+        }
+
+
+# ANCHOR_END: core_loop
+
+
+def real_mean(x, mask):
+    """Mean over the real tokens of an array that is 0 at padding, (..., B, T) -> (...)."""
+    return x.sum(axis=(-2, -1)) / np.count_nonzero(mask)
+
+
+def outside_clip(ratio, mask, clip):
+    """True for the real tokens whose ratio lies outside [1 - clip, 1 + clip]. (..., B, T)."""
+    return (np.abs(ratio - 1) > clip) & (mask != 0)
+
+
+def walk_through(models, config, rng):
+    """One step of core_loop, with what a reader wants to see besides. Yields its dicts, with more in them."""
+    seen = {}
+    for stage in core_loop(models, config, rng):
+        seen.update(stage)
+        mask = seen.get("mask")
+        if "kl" in stage:
+            logprobs, ref_logprobs = seen["old_logprobs"], seen["ref_logprobs"]
+            logits = seen.pop("logits")
+            exact = exact_kl(logits, logprobs, models.reference, ref_logprobs, seen["prompts"], seen["responses"])
+            stage["exact_kl"] = np.where(mask, exact, 0)
+            stage["mean_kl"] = real_mean(stage["kl"], mask)
+            stage["mean_exact_kl"] = real_mean(stage["exact_kl"], mask)
+            stage["negative_fraction"] = real_mean(stage["kl"] < 0, mask)
+        if "rewards" in stage:
+            stage["kl_per_response"] = seen["kl"].sum(axis=1)
+            stage["total_rewards"] = stage["rewards"].sum(axis=1)
+        if "advantages" in stage:  # GAE with lambda 0 is the TD error
+            stage["td_errors"], _ = gae(seen["rewards"], seen["values"], mask, config.gamma, 0.0)
+        if "ratio" in stage:
+            stage["ratio_min"] = np.where(mask, stage["ratio"], np.inf).min(axis=(1, 2))
+            stage["ratio_max"] = stage["ratio"].max(axis=(1, 2))
+            stage["clipped"] = outside_clip(stage["ratio"], mask, config.clip)
+            stage["clip_fraction"] = real_mean(stage["clipped"], mask)
+        yield stage
+
+
+def passes(config):
+    """Forward and backward passes of one step, by model: one pass is one run over all P + T positions.
+
+    The actor's first is the generation, a token at a time with its context kept.
+    """
+    epochs = config.ppo_epochs
+    return {"actor": (1 + epochs, epochs), "critic": (1 + epochs, epochs), "reward_model": (1, 0), "reference": (1, 0)}
+
+
+def step_metrics(data, config, step):
+    """What one step of training is judged by, under TRL's names; data holds the step's arrays.
+
+    Sums over a response are averaged over the batch; policy/, loss/ and val/ratio over the epochs' real tokens.
+    """
+    mask, ratio, kl = data["mask"], data["ratio"], data["kl"].sum(axis=1).mean()
+    log_ratio = np.log(np.where(mask, ratio, 1))  # (epochs, B, T)
+    score = data["scores"].mean()
+    return {
+        "objective/scores": score,
+        "objective/kl": kl,
+        "objective/entropy": -data["old_logprobs"].sum(axis=1).mean(),
+        "objective/non_score_reward": -config.beta * kl,
+        "objective/rlhf_reward": score - config.beta * kl,
+        "policy/approxkl_avg": 0.5 * real_mean(log_ratio**2, mask).mean(),
+        "policy/clipfrac_avg": real_mean(outside_clip(ratio, mask, config.clip), mask).mean(),
+        "loss/policy_avg": data["actor_loss"].mean(),
+        "loss/value_avg": data["critic_loss"].mean(),
+        "val/ratio": real_mean(ratio, mask).mean(),
+        "val/num_eos_tokens": np.count_nonzero((data["responses"] == config.vocab_size - 1) & (mask != 0)),
+        "val/response_length": np.count_nonzero(mask) / len(mask),
+        "lr": data["learning_rate"],
+        "episode": (step + 1) * config.batch_size,
+    }
+
+
+def train(models, config, rng):
+    """core_loop, drained a step at a time: yields (metrics, the first response's real tokens)."""
+    data, step = {}, 0
+    for stage in core_loop(models, config, rng):
+        data.update(stage)
+        if "ratio" in stage:
+            yield step_metrics(data, config, step), data["responses"][0][data["mask"][0] != 0]
+            data, step = {}, step + 1
+
+
+THEORY_PROMPTS, THEORY_RESPONSES = 32, 128  # for each policy; more no longer changes the printed share
+
+
+def theory_is_cheap(config):
+    """Whether attainable_gain takes a small share of the training, or hardly any time at all."""
+    passes = 3 * 2 * THEORY_PROMPTS * THEORY_RESPONSES  # a sampling and two evaluations of each response
+    per_pass = (config.prompt_length + config.response_length) * config.width * (config.width + config.vocab_size)
+    return passes * per_pass < 2e9 or passes < 0.2 * config.steps * config.batch_size * (3 + 4 * config.ppo_epochs)
+
+
+def attainable_gain(actor, reference, reward_model, config, rng):
+    """How much of what is possible training has reached, in J = E[score] - beta * E[KL].
+
+    No policy exceeds J* = E over prompts of beta * log E over reference responses of exp(score / beta)
+    (Korbak et al. 2022; Rafailov et al. 2023, equation 4); for beta = 0 that is the largest score.
+    Few reference responses are good ones, so the inner mean is taken over responses of the reference
+    and of the actor alike, each weighted by p_reference / p_mixture (Veach & Guibas 1995, the balance
+    heuristic): weights never exceed 2. The log of a mean of few is too low, so J* is approached from below.
+
+    Returns floats: J_start (the reference's J), J, J_star, share = (J - J_start) / (J_star - J_start),
+    and the actor's score and kl, all on the same fresh prompts.
+    """
+    starts, scores, kls, bests = [], [], [], []
+    for prompt in sample_prompts(rng, THEORY_PROMPTS, config.prompt_length, config.vocab_size):
+        prompts, sampled = np.tile(prompt, (THEORY_RESPONSES, 1)), []
+        for policy in (reference, actor):
+            responses, mask, _, _ = generate(
+                policy, prompts, config.response_length, rng, config.vocab_size - 1, keep_logits=False
+            )
+            score = score_responses(reward_model, prompts, responses, mask)
+            logprobs = [(token_logprobs(model, prompts, responses) * mask).sum(axis=1) for model in (actor, reference)]
+            sampled.append(np.array([score, *logprobs], dtype=np.float64))
+        from_reference, from_actor = sampled
+        starts.append(from_reference[0].mean())
+        scores.append(from_actor[0].mean())
+        kls.append((from_actor[1] - from_actor[2]).mean())
+        score, actor_logprobs, ref_logprobs = np.concatenate(sampled, axis=1)
+        if config.beta:
+            weights = ref_logprobs - np.logaddexp(actor_logprobs, ref_logprobs) + math.log(2)
+            bests.append(config.beta * (np.logaddexp.reduce(score / config.beta + weights) - math.log(len(score))))
+        else:
+            bests.append(score.max())
+    start, score, kl, best = (np.mean(x) for x in (starts, scores, kls, bests))
+    objective = score - config.beta * kl
+    share = (objective - start) / (best - start)
+    return {"J_start": start, "J": objective, "J_star": best, "share": share, "score": score, "kl": kl}
+
+
+# ------------------------------------------------------------------ 6. the presentation
+
+NOTE_COLUMN = 38  # where the dim notes beside the numbers begin
+LETTERS = "abcdefghijklmnopqrstuvwxyz."
+BARS = "▁▂▃▄▅▆▇█"
+PLAIN = {"β": "beta", "γ": "gamma", "λ": "lambda", "δ": "delta", "…": "...", **dict(zip(BARS, "_.,-=+*#"))}
+
+
+class Screen(Console):
+    """A console at least 80 wide that goes on in silence when its reader has gone, as with `| head`."""
+
+    def __init__(self, **options):
+        columns = shutil.get_terminal_size().columns
+        super().__init__(width=max(80, columns), highlight=False, markup=False, emoji=False, **options)
+
+    def on_broken_pipe(self):
+        """Send what is still to come nowhere; raising would lose what --save and --export are for."""
+        silence(sys.stdout)
+
+
+def silence(stream):
+    """Let a stream that can no longer be written to end in the null device."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def spell_out(error):
+    """Codec error handler: letters that the output's encoding lacks, in ones that it has."""
+    return "".join(PLAIN.get(letter, "?") for letter in error.object[error.start : error.end]), error.end
+
+
+def say(console, line="", note="", style=""):
+    """Print one line, never wrapped or cut, with a dim note beside it."""
+    text = Text(line, style=style)
+    if note:
+        text.append(" " * max(NOTE_COLUMN - len(line), 2) + note, style="dim")
+    console.print(text, soft_wrap=True)
+
+
+def explain(console, *lines):
+    """Print dim lines, indented under a step's numbers."""
+    for line in lines:
+        console.print(Text(f"    {line}", style="dim"), soft_wrap=True)
+    console.print()
+
+
+def show_table(console, columns, rows, gap="  "):
+    """Print a table, as wide as it needs; its first and last columns hold text, the others numbers."""
+    first, *widths, _ = (max(map(len, cells)) for cells in zip(columns, *rows))
+    for row in (columns, *rows):
+        numbers = gap.join(text.rjust(width) for text, width in zip(row[1:-1], widths))
+        line = f"{row[0].ljust(first)}{gap}{numbers}{gap}{row[-1]}".rstrip()
+        say(console, line, style="dim" if row is columns else "")
+
+
+def shorten(texts, most):
+    """Of more than most texts, keep the beginning and the last."""
+    return texts if len(texts) <= most else [*texts[: most - 1], "…", texts[-1]]
+
+
+def number_list(values, most=4):
+    """As in [0.73, 0.45, 0.91, …, 0.62]."""
+    return f"[{', '.join(shorten([f'{value:.2f}' for value in values], most))}]"
+
+
+def preview(x, mask):
+    """The first response's first values and last, and the mean over all real tokens."""
+    values = shorten([f"{value:.2f}" for value in x[0][mask[0] != 0]], 3)
+    return f"[{' '.join(values)}] mean {real_mean(x, mask):.3f}"
+
+
+def token_text(tokens, config):
+    """Tokens as letters where the vocabulary has 27, as numbers elsewhere."""
+    if config.vocab_size == len(LETTERS):
+        text = "".join(LETTERS[token] for token in tokens)
+        return text if len(text) <= 24 else f"{text[:16]}…{text[-7:]}"
+    return f"[{' '.join(shorten([str(token) for token in tokens], 4))}]"
+
+
+def megabytes(size):
+    """Bytes as text, in units of a million."""
+    return f"{size / 1e6:.1f} MB"
+
+
+def show_prompts(console, data, config):
+    """Step 1."""
+    say(console, "Step 1: Sample prompts", style="bold")
+    prompts = data["prompts"]
+    say(console, f"  Batch size: {len(prompts)}")
+    say(console, f"  Prompt shapes: {prompts.shape} tokens", token_text(prompts[0], config))
+    explain(console, "Why only prompts: the actor writes its own training data, in step 2.")
+
+
+def show_generation(console, data, config):
+    """Step 2."""
+    say(console, "Step 2: Generate responses (Actor)", style="bold")
+    responses, mask, logits = data["responses"], data["mask"], data["logits"]
+    say(console, "  Actor forward pass...")
+    say(console, f"  Generated tokens: {responses.shape}", token_text(responses[0][mask[0] != 0], config))
+    say(console, f"  Actor logits: {logits.shape}", f"{megabytes(logits.nbytes)}; training keeps only slices")
+    say(console, f"  Old log probs: {mask.shape}", preview(data["old_logprobs"], mask))
+    explain(console, 'Why "old": they stay as they are while step 7 changes the actor.')
+
+
+def show_scores(console, data, config):
+    """Step 3."""
+    say(console, "Step 3: Score responses (Reward Model)", style="bold")
+    scores = data["scores"]
+    say(console, "  Reward model forward pass...")
+    say(console, f"  Scores: {number_list(scores)}", f"mean {scores.mean():.3f}")
+    explain(console, "Why one number a response: only a finished response can be judged.")
+
+
+def show_kl(console, data, config):
+    """Step 4."""
+    say(console, "Step 4: Compute KL penalty (Reference)", style="bold")
+    kl, mask, estimator = data["kl"], data["mask"], config.kl_estimator
+    formula = {"k1": "lp - ref", "k2": "(lp - ref)^2 / 2", "k3": "exp(ref - lp) - 1 - (ref - lp)"}[estimator]
+    say(console, "  Reference forward pass...")
+    say(console, f"  Reference log probs: {kl.shape}", preview(data["ref_logprobs"], mask))
+    say(console, f"  KL divergence per token: {kl.shape}", preview(kl, mask))
+    say(console, f"  Mean KL: {data['mean_kl']:.3f}", f"nats; {estimator}: {formula}")
+    say(console, f"  Exact KL: {data['mean_exact_kl']:.3f}", f"nats, over all {config.vocab_size} tokens")
+    explain(
+        console,
+        f"Why {data['negative_fraction']:.0%} of the tokens have a negative KL: {estimator} judges one sampled token",
+        "by two log probabilities. The mean over many tends to the exact KL, which is",
+        "never negative but needs the whole vocabulary at every position.",
+    )
+
+
+def show_rewards(console, data, config):
+    """Step 5."""
+    say(console, "Step 5: Compute total rewards", style="bold")
+    totals, score, kl = data["total_rewards"], data["scores"][0], data["kl_per_response"][0]
+    say(console, "  reward = reward_model_score - β * KL", f"β = {config.beta}")
+    say(console, f"  Total rewards: {number_list(totals)}", f"mean {totals.mean():.3f}")
+    explain(
+        console,
+        f"The first: {score:.4f} - {config.beta} * {kl:.4f} = {totals[0]:.4f}, KL summed over its tokens.",
+        "Why the score sits on the last token only: nothing before it was judged. KL is",
+        f"paid at every token: {number_list(data['rewards'][0][data['mask'][0] != 0], 6)}",
+    )
+
+
+def show_advantages(console, data, config):
+    """Step 6."""
+    say(console, "Step 6: Compute advantages (Critic + GAE)", style="bold")
+    mask = data["mask"]
+    say(console, "  Critic forward pass...")
+    say(console, f"  Values: {mask.shape}", preview(data["values"], mask))
+    say(console, f"  GAE advantages: {mask.shape}", preview(data["advantages"], mask))
+    say(console, f"  Whitened: {mask.shape}", preview(data["whitened"], mask))
+    explain(
+        console,
+        "δ[t] = reward[t] + γ value[t+1] - value[t]",
+        f"advantage[t] = δ[t] + γ λ advantage[t+1], with γ = {config.gamma}, λ = {config.lam}",
+        "Why whiten: the update must not grow with the scale of the scores.",
+    )
+
+
+def show_update(console, data, config):
+    """Step 7."""
+    say(console, "Step 7: PPO update", style="bold")
+    say(console, "  Ratio = exp(new_log_prob - old_log_prob)")
+    say(console, f"  Clipped ratio: clip(ratio, {1 - config.clip:g}, {1 + config.clip:g})")
+    columns = [data[name] for name in ("ratio_min", "ratio_max", "clip_fraction", "actor_loss", "critic_loss")]
+    rows = [
+        (f"{epoch:11}", f"{low:.3f} .. {high:.3f}", f"{clipped:.1%}", f"{actor:.4f}", f"{critic:.4f}", "")
+        for epoch, (low, high, clipped, actor, critic) in enumerate(zip(*columns), start=1)
+    ]
+    show_table(console, ["      epoch", "ratio", "clipped", "actor loss", "critic loss", ""], rows)
+    say(console, f"  Actor loss: {data['actor_loss'][-1]:.3f}", "in the last epoch")
+    say(console, f"  Critic loss: {data['critic_loss'][-1]:.3f}", "in the last epoch")
+    explain(
+        console,
+        "Why the ratio is 1 in epoch 1: the weights are still those that generated.",
+        "The loss is then minus the mean whitened advantage: 0, but not its gradient.",
+    )
+    say(console, "  Update complete!", style="bold")
+
+
+STEPS = (show_prompts, show_generation, show_scores, show_kl, show_rewards, show_advantages, show_update)
+
+
+def show_costs(console, models, config, sizes):
+    """What each model costs, and the largest tensors; sizes holds (name, shape, bytes)."""
+    console.print()
+    rows = []
+    for name, (forward, backward) in passes(config).items():
+        weights = getattr(models, name).values()
+        parameters, size = sum(w.size for w in weights), sum(w.nbytes for w in weights)
+        adam, state = (megabytes(2 * size), "updated") if backward else ("-", "frozen")
+        rows.append((name, f"{parameters:,}", megabytes(size), adam, str(forward), str(backward), state))
+    show_table(console, ["model", "parameters", "weights", "Adam's m, v", "forward", "backward", ""], rows)
+    console.print()
+    largest = sorted(sizes, key=lambda item: -item[2])[:5]
+    rows = [(name, str(shape), megabytes(size), "") for name, shape, size in largest]
+    show_table(console, ["largest tensors", "shape", "memory", ""], rows)
+    explain(console, "forward, backward: passes over the batch; the actor's first is generation")
+
+
+def show_response(console, data, config, row, every_token):
+    """One response token by token (--inspect), so that every formula can be checked by hand."""
+    length = np.count_nonzero(data["mask"][row])
+    names = ("old_logprobs", "ref_logprobs", "kl", "rewards", "values", "td_errors", "advantages", "returns")
+    shown = range(length) if every_token or length <= 20 else [*range(8), None, *range(length - 8, length)]
+    rows = []
+    for t in shown:
+        if t is None:
+            rows.append(("…", *[""] * 11))
+            continue
+        token = token_text(data["responses"][row, t : t + 1], config).strip("[]")
+        numbers = [f"{data[name][row, t]:.3f}" for name in names]
+        clipped = "clip" if data["clipped"][-1, row, t] else ""
+        rows.append((str(t), token, *numbers, f"{data['ratio'][-1, row, t]:.2f}", clipped))
+    say(console, f"Response {row}, {length} tokens, with the ratio of the last epoch", style="bold")
+    show_table(
+        console, ["t", "tok", "actor", "ref", "KL", "rew", "value", "TD", "adv", "return", "ratio", ""], rows, gap=" "
+    )
+    explain(
+        console,
+        "actor, ref: log probabilities; TD = rew + γ value[t+1] - value; adv = TD + γ λ adv[t+1]",
+    )
+
+
+CHECKPOINT = "{:>6}{:>8.3f}{:>8.2f}{:>8.3f}{:>9.2f}{:>9.1%}{:>8.1f}  {}"
+
+
+def show_checkpoint_header(console):
+    """The heads of the columns of show_checkpoint."""
+    header = re.sub(r"\.\d[f%]", "", CHECKPOINT)
+    say(console, header.format("step", "score", "KL", "total", "entropy", "clipped", "length", "a response"))
+
+
+def show_checkpoint(console, step, metrics, response, config):
+    """One row of the training table."""
+    names = ("objective/scores", "objective/kl", "objective/rlhf_reward", "objective/entropy", "policy/clipfrac_avg")
+    numbers = [metrics[name] for name in (*names, "val/response_length")]
+    say(console, CHECKPOINT.format(step, *numbers, token_text(response, config)))
+
+
+def sparkline(values, width=28):
+    """A row of bars, each the mean of an equal share of the values."""
+    means = np.array([part.mean() for part in np.array_split(values, min(width, len(values)))])
+    span = means.max() - means.min()
+    return "".join(BARS[int(level)] for level in (means - means.min()) / (span or 1) * (len(BARS) - 1))
+
+
+def show_metrics(console, history):
+    """A sparkline for each metric, from its first value to its last."""
+    rows = [(name, f"{x[0]:.5g}", f"{x[-1]:.5g}", sparkline(x)) for name, x in history.items()]
+    show_table(console, ["metric", "first", "last", "course"], rows)
+
+
+def show_theory(console, gain, config):
+    """Where training stands against the best that any policy can reach."""
+    console.print()
+    say(console, "Against theory, in J = score - β * KL per response", style="bold")
+    say(console, f"  J at the start: {gain['J_start']:.3f}", "the reference's score")
+    say(console, f"  J now: {gain['J']:.3f}", f"{gain['score']:.3f} - {config.beta} * {gain['kl']:.3f}")
+    say(console, f"  J*: {gain['J_star']:.3f}", "no policy exceeds it")
+    say(console, f"  Share of the attainable gain: {gain['share']:.0%}", "(J - J at the start) / (J* - J at the start)")
+
+
+def show_comparison(console, rows):
+    """The betas side by side; rows holds (beta, summary, response text)."""
+    say(console, "The same training at each β", style="bold")
+    cells = [
+        (f"{beta:g}", *(f"{gain[name]:.3f}" for name in ("score", "kl", "J")), f"{gain['share']:.0%}", text)
+        for beta, gain, text in rows
+    ]
+    show_table(console, ["β", "score", "KL", "J", "share", "a response"], cells)
+    explain(console, "J = score - β * KL; share: of the gain in J that is attainable at this β")
+
+
+# ------------------------------------------------------------------ 7. the command line
+
+PRESETS = {
+    "gpt2": {},
+    "letters": {
+        "vocab_size": 27,
+        "batch_size": 64,
+        "prompt_length": 8,
+        "response_length": 16,
+        "learning_rate": 4e-3,
+    },
+}
+EXPORTS = (".svg", ".html", ".txt")
+
+
+class UserError(Exception):
+    """The command line asks for something that cannot be done; the message says what and why."""
+
+
+class Diverged(Exception):
+    """A loss is not finite."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one sentence."""
+
+    def error(self, message):
+        """Raise instead of printing the usage and exiting."""
+        raise UserError(message)
+
+
+class Once(argparse.Action):
+    """Store a value, and refuse a second one."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        """Called by argparse for each occurrence of the flag."""
+        if getattr(namespace, self.dest) is not None:
+            parser.error(f"{option_string}: given twice")
+        setattr(namespace, self.dest, values)
+
+
+def reader(kind, allowed):
+    """A function for argparse that reads a number and says what is allowed where it cannot."""
+
+    def read(text):
+        try:
+            return kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text[:40]!r} is not {allowed}") from None
+
+    return read
+
+
+def flag(name):
+    """batch_size -> --batch-size"""
+    return "--" + name.replace("_", "-")
+
+
+def parse_arguments(argv):
+    """Read the command line. Raises UserError."""
+    parser = Parser(
+        prog="rlhf_loop_pseudo.py",
+        allow_abbrev=False,
+        description="The complete RLHF-PPO training loop, with real numbers: one step shown in full, or training.",
+    )
+    parser.add_argument("--preset", choices=PRESETS, action=Once, help="sizes to start from; explicit flags win")
+    for setting in fields(Config):
+        kind = {"int": int, "float": float, "str": str}[setting.type]
+        meaning, allowed = setting.metadata["meaning"], setting.metadata["allowed"]
+        parser.add_argument(
+            flag(setting.name),
+            type=reader(kind, allowed),
+            action=Once,
+            nargs="+" if setting.name == "beta" else None,
+            metavar=setting.name.rsplit("_")[-1].upper(),
+            help=f"{meaning}; {allowed}; default {setting.default}",
+        )
+    whole = reader(int, "a whole number of at least 0")
+    parser.add_argument("--inspect", type=whole, action=Once, metavar="ROW", help="show a response token by token")
+    parser.add_argument("--inspect-all", action="store_true", help="with --inspect: every token of a long response")
+    parser.add_argument("--pause", action="store_true", help="wait for Enter between steps")
+    parser.add_argument("--show", nargs="?", const="", action=Once, metavar="NAME", help="print a function; list them")
+    parser.add_argument("--save", action=Once, metavar="FILE.npz", help="save the arrays, or a training's metrics")
+    parser.add_argument("--export", action=Once, metavar="FILE", help="save what was shown, as .svg, .html or .txt")
+    return parser.parse_args(argv)
+
+
+def make_configs(options):
+    """One Config for each beta, from preset and flags. Raises UserError."""
+    given = {name: getattr(options, name) for name in Config.__dataclass_fields__ if getattr(options, name) is not None}
+    settings = {**PRESETS[options.preset or "gpt2"], **given}
+    if settings.get("steps", 1) > 1:
+        settings.setdefault("drift", 0.0)  # training starts from the reference
+    betas = settings.pop("beta", [Config.beta])
+    try:
+        configs = [Config(**settings, beta=beta) for beta in betas]
+    except ValueError as error:
+        name, problem = str(error).split(": ", 1)
+        raise UserError(f"{flag(name)}: {problem}") from None
+    if len(set(betas)) < len(betas):
+        raise UserError(f"--beta: {max(betas, key=betas.count):g} is given twice")
+    return configs
+
+
+def check_options(options, configs):
+    """Refuse what cannot be done, before any work is done. Raises UserError."""
+    config, training = configs[0], configs[0].steps > 1
+    if len(configs) > 1 and not training:
+        raise UserError("--beta: several values are for training, which --steps N (N above 1) asks for")
+    if options.inspect is not None and training:
+        raise UserError("--inspect: shows a response of the walk-through, which --steps above 1 replaces")
+    if options.inspect is not None and not 0 <= options.inspect < config.batch_size:
+        raise UserError(f"--inspect: row {options.inspect} does not exist, rows go from 0 to {config.batch_size - 1}")
+    if options.inspect_all and options.inspect is None:
+        raise UserError("--inspect-all: needs --inspect ROW")
+    if options.pause and training:
+        raise UserError("--pause: waits between the steps of the walk-through, which --steps above 1 replaces")
+    if options.pause and not (sys.stdin and sys.stdin.isatty()):
+        raise UserError("--pause: waits for Enter, and there is no terminal to press it in")
+    for name, suffixes in (("save", (".npz",)), ("export", EXPORTS)):
+        if getattr(options, name) is not None:
+            check_output(flag(name), Path(getattr(options, name)), suffixes)
+    check_memory(config)
+
+
+def check_output(name, path, suffixes):
+    """Refuse a file that could not be written later, by writing beside it now. Raises UserError."""
+    if path.suffix not in suffixes:
+        raise UserError(f"{name}: {str(path)!r} must end in {' or '.join(suffixes)}")
+    if path.is_dir():
+        raise UserError(f"{name}: {str(path)!r} is a folder, not a file")
+    if not path.parent.is_dir():
+        raise UserError(f"{name}: the folder {str(path.parent)!r} does not exist")
+    try:
+        write_whole(path, None)
+    except OSError as error:
+        raise UserError(f"{name}: cannot write to the folder {str(path.parent)!r} ({error.strerror})") from None
+
+
+def write_whole(path, write):
+    """Call write(file) on a new file beside path and put it in path's place: whole, or not at all.
+
+    With None for write it only tries to make that new file. Raises OSError.
+    """
+    path = Path(os.path.realpath(path))
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "xb") as file:
+            if write:
+                write(file)
+        if write:
+            os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def memory_needed(config):
+    """Estimate of the bytes held at the peak, by the flags that lower them."""
+    batch, length, vocab, width = config.batch_size, config.response_length, config.vocab_size, config.width
+    positions = config.prompt_length + length
+    models = 20 * width * (vocab + width)  # four models, Adam's two states and gradients of two
+    hidden = 10 * batch * positions * width + 4 * positions**2
+    tokens = batch * positions * (40 + 4 * config.ppo_epochs)
+    logits = batch * vocab * (5 + (length if config.steps == 1 else 0)) + 2 * max(SLICE, vocab)
+    return {
+        "--vocab-size or --width": 4 * models,
+        "--batch-size, --prompt-length, --response-length or --width": 4 * hidden,
+        "--batch-size, --response-length or --ppo-epochs": 4 * tokens,
+        "--batch-size, --response-length or --vocab-size": 4 * logits,
+        "--steps": 1000 * config.steps,
+    }
+
+
+def memory_available():
+    """Bytes of memory that are free; where the system does not tell, more than any machine has."""
+    try:
+        return 1024 * int(re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())[1])
+    except (OSError, TypeError):
+        pass
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return 10**12
+
+
+def check_memory(config):
+    """Refuse sizes that cannot fit. Raises UserError."""
+    needed, available = memory_needed(config), memory_available()
+    if sum(needed.values()) > available:
+        flags = max(needed, key=needed.get)
+        raise UserError(
+            f"{flags}: these sizes need about {gigabytes(sum(needed.values()))} of memory, "
+            f"and {gigabytes(available)} are free; lower {flags}"
+        )
+
+
+def gigabytes(size):
+    """Bytes as text, in units of a thousand million."""
+    return f"{size / 1e9:,.1f} GB" if size < 1e18 else f"over {10**9:,} GB"
+
+
+def run_walk_through(console, options, config, kept):
+    """Show one step; kept collects the arrays for --save."""
+    rng = np.random.default_rng(config.seed)
+    models, sizes = init_models(config, rng), []
+    say(console, "=== RLHF Training Loop Demo ===", style="bold")
+    console.print()
+    for number, (show, stage) in enumerate(zip(STEPS, walk_through(models, config, rng)), start=1):
+        sizes += [(name, array.shape, array.nbytes) for name, array in stage.items()]
+        kept.update(stage)
+        show(console, kept, config)
+        kept.pop("logits", None)
+        if options.pause and number < len(STEPS):
+            wait_for_enter(console)
+    check_finite(1, kept["actor_loss"], kept["critic_loss"])
+    for model, weights in models._asdict().items():
+        sizes += [(f"{model} {name}", array.shape, array.nbytes) for name, array in weights.items()]
+    show_costs(console, models, config, sizes)
+    if options.inspect is not None:
+        show_response(console, kept, config, options.inspect, options.inspect_all)
+
+
+def wait_for_enter(console):
+    """Stop until Enter is pressed; the end of the input counts as that."""
+    try:
+        input("  [Enter] ")
+    except EOFError:
+        console.print()
+    console.print()
+
+
+def check_finite(step, *losses):
+    """Raises Diverged."""
+    if not all(np.isfinite(loss).all() for loss in losses):
+        raise Diverged(
+            f"step {step}: the loss is not a finite number any more, an update was too large; "
+            "try a lower --learning-rate or --drift"
+        )
+
+
+def run_training(console, config, history):
+    """Train at one beta and show the checkpoints; history collects each metric's values so far.
+
+    Returns (what attainable_gain says, or None where that would cost too much, the last response).
+    """
+    from rich.progress import BarColumn, Progress, TextColumn  # only training pays for this import
+
+    rng = np.random.default_rng(config.seed)
+    models = init_models(config, rng)
+    say(console, f"=== RLHF Training, β = {config.beta:g} ===", style="bold")
+    say(console, f"  {config.steps} steps of {config.batch_size} responses; score, KL, total, entropy per response")
+    console.print()
+    show_checkpoint_header(console)
+    checkpoints = np.linspace(1, config.steps, min(11, config.steps)).round()
+    silent = not console.is_terminal or console.is_dumb_terminal
+    columns = TextColumn("{task.description}"), BarColumn()
+    with Progress(*columns, console=Console(), transient=True, disable=silent) as progress:  # never recorded
+        task = progress.add_task("", total=config.steps)
+        for step, (metrics, response) in enumerate(train(models, config, rng), start=1):
+            check_finite(step, metrics["loss/policy_avg"], metrics["loss/value_avg"])
+            for name, value in metrics.items():
+                history.setdefault(name, []).append(float(value))
+            score, kl = metrics["objective/scores"], metrics["objective/kl"]
+            progress.update(task, advance=1, description=f"step {step}: score {score:.3f}, KL {kl:.2f}")
+            if step in checkpoints:
+                progress.stop()
+                show_checkpoint(console, step, metrics, response, config)
+                progress.start()
+    if not theory_is_cheap(config):
+        return None, response
+    rng = np.random.default_rng([config.seed, 1])  # so that theory and training do not disturb each other
+    return attainable_gain(models.actor, models.reference, models.reward_model, config, rng), response
+
+
+def run_trainings(console, configs, kept):
+    """Train at each beta and compare; kept collects the metrics for --save, complete or not."""
+    histories, gains, rows = [], [], []
+    try:
+        for config in configs:
+            histories.append({})
+            gain, response = run_training(console, config, histories[-1])
+            gains.append(gain or {})
+            if gain is None:
+                last = {name: values[-1] for name, values in histories[-1].items()}
+                score, kl, total = (last[f"objective/{name}"] for name in ("scores", "kl", "rlhf_reward"))
+                gain = {"score": score, "kl": kl, "J": total, "share": math.nan}
+            rows.append((config.beta, gain, token_text(response, config)))
+            console.print()
+            if len(configs) == 1:
+                show_metrics(console, {name: np.array(values) for name, values in histories[0].items()})
+                if gains[0]:
+                    show_theory(console, gain, config)
+                else:
+                    explain(console, "", "No comparison with theory: at these sizes it would cost more than it tells.")
+    finally:
+        kept.update(join_histories(histories, gains, configs))
+    if len(configs) > 1:
+        show_comparison(console, rows)
+
+
+def join_histories(histories, gains, configs):
+    """Metrics as arrays: (steps,) for one beta, (betas, steps) for several, NaN where a run did not get."""
+    joined = {}
+    for name in histories[0]:
+        values = np.full((len(configs), configs[0].steps), np.nan)
+        for row, history in zip(values, histories):
+            row[: len(history.get(name, ()))] = history.get(name, ())
+        joined[name] = values if len(configs) > 1 else values[0, : len(histories[0][name])]
+    for name in gains[0] if gains else ():
+        values = np.array([gain[name] for gain in gains])
+        joined[f"theory/{name}"] = values if len(configs) > 1 else values[0]
+    return joined
+
+
+def show_source(name):
+    """Print a public function, ready to paste, or with an empty name the list of them. Raises UserError."""
+    source = Path(__file__).read_text(encoding="utf-8")
+    anchored = dict(re.findall(r"^# ANCHOR: (\w+)\n(.*?)\n+# ANCHOR_END: \1$", source, flags=re.DOTALL | re.MULTILINE))
+    if name and name not in anchored:
+        raise UserError(f"--show: {name!r} is not one of {', '.join(anchored)}")
+    console = Screen()
+    if not name:
+        for each in anchored:
+            say(console, f"{each:18}{inspect.getdoc(globals()[each]).splitlines()[0]}")
+    elif console.is_terminal:
+        from rich.syntax import Syntax  # only a terminal pays for this import
+
+        console.print(Syntax(f"import numpy as np\n\n\n{anchored[name]}", "python", background_color="default"))
+    else:
+        say(console, f"import numpy as np\n\n\n{anchored[name]}")
+
+
+def export(console, path):
+    """Write what was shown to path, in the format of its suffix."""
+    text = console.export_text(clear=False)
+    console.width = max(80, *map(len, text.splitlines()))
+    if path.suffix == ".svg":
+        text = console.export_svg(title="rlhf_loop_pseudo", clear=False)
+    elif path.suffix == ".html":
+        text = console.export_html(clear=False)
+    write_whole(path, lambda file: file.write(text.encode("utf-8")))
+
+
+def run(options):
+    """Do what the command line asks for. Returns the exit code; raises UserError."""
+    if options.show is not None:
+        show_source(options.show)
+        return 0
+    configs = make_configs(options)
+    check_options(options, configs)
+    console, kept, code = Screen(record=options.export is not None), {}, 0
+    try:
+        with np.errstate(all="ignore"):  # a loss that is not finite is reported by check_finite
+            if configs[0].steps > 1:
+                run_trainings(console, configs, kept)
+            else:
+                run_walk_through(console, options, configs[0], kept)
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not lose what the first one kept
+        say(console, "\nInterrupted.")
+        code = 130
+    except Diverged as problem:
+        print(f"rlhf_loop_pseudo.py: {problem}", file=sys.stderr)
+        code = 1
+    if options.save is not None and kept:
+        config = {**asdict(configs[0]), "beta": [config.beta for config in configs]}
+        if len(configs) == 1:
+            config["beta"] = configs[0].beta
+        kept = {name: array for name, array in kept.items() if name != "logits"}
+        write_whole(Path(options.save), lambda file: np.savez(file, config=json.dumps(config), **kept))
+    if options.export is not None:
+        export(console, Path(options.export))
+    return code
+
+
+def main(argv=None):
+    """Run the command line argv, sys.argv without it. Returns the exit code: 0, 1, 2 or 130."""
+    codecs.register_error("spell_out", spell_out)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="spell_out")
+    try:
+        return run(parse_arguments(argv))
+    except SystemExit as done:  # --help
+        return done.code or 0
+    except KeyboardInterrupt:
+        return 130
+    except (UserError, OSError, MemoryError) as problem:
+        print(f"rlhf_loop_pseudo.py: {problem or 'not enough memory'}", file=sys.stderr)
+        return 2 if isinstance(problem, UserError) else 1
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    exit_code = main()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # nothing is left to interrupt
+    sys.exit(exit_code)
