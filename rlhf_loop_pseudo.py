@@ -383,9 +383,9 @@ def shape_rewards(scores, kl, mask, beta):
     lengths = np.count_nonzero(mask, axis=1)
     if not lengths.all():
         raise ValueError("mask: a row without a real token has no place for its score")
-    rewards = np.where(mask, -beta * kl, 0)
-    rewards[np.arange(len(lengths)), lengths - 1] += scores
-    return rewards
+    rewards = np.zeros_like(kl)
+    rewards[np.arange(len(lengths)), lengths - 1] = scores
+    return np.where(mask, rewards - beta * kl, 0)
 
 
 # ANCHOR_END: shape_rewards
@@ -698,7 +698,7 @@ def walk_through(models, config, rng):
             stage["exact_kl"] = np.where(mask, exact, 0)
             stage["mean_kl"] = real_mean(stage["kl"], mask)
             stage["mean_exact_kl"] = real_mean(stage["exact_kl"], mask)
-            stage["negative_fraction"] = real_mean(stage["kl"] < 0, mask)
+            stage["negative_fraction"] = real_mean(logprobs < ref_logprobs, mask)
         if "rewards" in stage:
             stage["kl_per_response"] = seen["kl"].sum(axis=1)
             stage["total_rewards"] = stage["rewards"].sum(axis=1)
@@ -929,9 +929,9 @@ def show_kl(console, data, config):
     say(console, f"  Exact KL: {data['mean_exact_kl']:.3f}", f"nats, over all {config.vocab_size} tokens")
     explain(
         console,
-        f"Why {data['negative_fraction']:.0%} of the tokens have a negative KL: {estimator} judges one sampled token",
-        "by two log probabilities. The mean over many tends to the exact KL, which is",
-        "never negative but needs the whole vocabulary at every position.",
+        f"Why a KL may be negative, as k1 is on {data['negative_fraction']:.0%} of these tokens: it judges one",
+        "sampled token by two log probabilities. Its mean over many tokens tends to the",
+        "exact KL, which never is, but takes the whole vocabulary at every position.",
     )
 
 
@@ -944,8 +944,8 @@ def show_rewards(console, data, config):
     explain(
         console,
         f"The first: {score:.4f} - {config.beta} * {kl:.4f} = {totals[0]:.4f}, KL summed over its tokens.",
-        "Why the score sits on the last token only: nothing before it was judged. KL is",
-        f"paid at every token: {number_list(data['rewards'][0][data['mask'][0] != 0], 6)}",
+        "Why the score sits on the last token: nothing before it was judged. The KL is",
+        f"paid token by token: {number_list(data['rewards'][0][data['mask'][0] != 0], 5)}",
     )
 
 
@@ -1026,7 +1026,8 @@ def show_response(console, data, config, row, every_token):
     )
     explain(
         console,
-        "actor, ref: log probabilities; TD = rew + γ value[t+1] - value; adv = TD + γ λ adv[t+1]",
+        "actor, ref: log probabilities; KL: before β; rew: reward. A row below is t + 1:",
+        "TD = rew + γ value[t+1] - value; adv = TD + γ λ adv[t+1]; return = adv + value",
     )
 
 
