@@ -733,7 +733,7 @@ def step_metrics(data, config, step):
         "objective/scores": score,
         "objective/kl": kl,
         "objective/entropy": -data["old_logprobs"].sum(axis=1).mean(),
-        "objective/non_score_reward": -config.beta * kl,
+        "objective/non_score_reward": 0.0 - config.beta * kl,
         "objective/rlhf_reward": score - config.beta * kl,
         "policy/approxkl_avg": 0.5 * real_mean(log_ratio**2, mask).mean(),
         "policy/clipfrac_avg": real_mean(outside_clip(ratio, mask, config.clip), mask).mean(),
@@ -883,6 +883,11 @@ def token_text(tokens, config):
     return f"[{' '.join(shorten([str(token) for token in tokens], 4))}]"
 
 
+def title(name):
+    """reward_model -> Reward model"""
+    return name.replace("_", " ").capitalize()
+
+
 def megabytes(size):
     """Bytes as text, in units of a million."""
     return f"{size / 1e6:.1f} MB"
@@ -926,11 +931,11 @@ def show_kl(console, data, config):
     say(console, f"  Reference log probs: {kl.shape}", preview(data["ref_logprobs"], mask))
     say(console, f"  KL divergence per token: {kl.shape}", preview(kl, mask))
     say(console, f"  Mean KL: {data['mean_kl']:.3f}", f"nats; {estimator}: {formula}")
-    say(console, f"  Exact KL: {data['mean_exact_kl']:.3f}", f"nats, over all {config.vocab_size} tokens")
+    say(console, f"  Exact KL: {data['mean_exact_kl']:.3f}", f"nats, over all {config.vocab_size} tokens", "dim")
     explain(
         console,
-        f"Why a KL may be negative, as k1 is on {data['negative_fraction']:.0%} of these tokens: it judges one",
-        "sampled token by two log probabilities. Its mean over many tokens tends to the",
+        f"Why a KL may be negative, as k1 is on {data['negative_fraction']:.0%} of these tokens: it judges",
+        "one sampled token by two log probabilities. Its mean over many tends to the",
         "exact KL, which never is, but takes the whole vocabulary at every position.",
     )
 
@@ -944,8 +949,8 @@ def show_rewards(console, data, config):
     explain(
         console,
         f"The first: {score:.4f} - {config.beta} * {kl:.4f} = {totals[0]:.4f}, KL summed over its tokens.",
-        "Why the score sits on the last token: nothing before it was judged. The KL is",
-        f"paid token by token: {number_list(data['rewards'][0][data['mask'][0] != 0], 5)}",
+        "Why the score sits on the last token: nothing before it was judged. The KL",
+        f"is paid token by token: {number_list(data['rewards'][0][data['mask'][0] != 0], 5)}",
     )
 
 
@@ -956,7 +961,7 @@ def show_advantages(console, data, config):
     say(console, "  Critic forward pass...")
     say(console, f"  Values: {mask.shape}", preview(data["values"], mask))
     say(console, f"  GAE advantages: {mask.shape}", preview(data["advantages"], mask))
-    say(console, f"  Whitened: {mask.shape}", preview(data["whitened"], mask))
+    say(console, f"  Whitened: {mask.shape}", preview(data["whitened"], mask), "dim")
     explain(
         console,
         "δ[t] = reward[t] + γ value[t+1] - value[t]",
@@ -997,7 +1002,7 @@ def show_costs(console, models, config, sizes):
         weights = getattr(models, name).values()
         parameters, size = sum(w.size for w in weights), sum(w.nbytes for w in weights)
         adam, state = (megabytes(2 * size), "updated") if backward else ("-", "frozen")
-        rows.append((name, f"{parameters:,}", megabytes(size), adam, str(forward), str(backward), state))
+        rows.append((title(name), f"{parameters:,}", megabytes(size), adam, str(forward), str(backward), state))
     show_table(console, ["model", "parameters", "weights", "Adam's m, v", "forward", "backward", ""], rows)
     console.print()
     largest = sorted(sizes, key=lambda item: -item[2])[:5]
@@ -1026,8 +1031,8 @@ def show_response(console, data, config, row, every_token):
     )
     explain(
         console,
-        "actor, ref: log probabilities; KL: before β; rew: reward. A row below is t + 1:",
-        "TD = rew + γ value[t+1] - value; adv = TD + γ λ adv[t+1]; return = adv + value",
+        "actor, ref: log probabilities; KL: before β; rew: reward; return = adv + value",
+        "TD = rew + γ value[t+1] - value; adv = TD + γ λ adv[t+1]; t+1: the row below",
     )
 
 
@@ -1070,11 +1075,16 @@ def show_theory(console, gain, config):
     say(console, f"  Share of the attainable gain: {gain['share']:.0%}", "(J - J at the start) / (J* - J at the start)")
 
 
+def share_text(share):
+    """A share in percent, a dash where theory was left out."""
+    return "-" if math.isnan(share) else f"{share:.0%}"
+
+
 def show_comparison(console, rows):
     """The betas side by side; rows holds (beta, summary, response text)."""
     say(console, "The same training at each β", style="bold")
     cells = [
-        (f"{beta:g}", *(f"{gain[name]:.3f}" for name in ("score", "kl", "J")), f"{gain['share']:.0%}", text)
+        (f"{beta:g}", *(f"{gain[name]:.3f}" for name in ("score", "kl", "J")), share_text(gain["share"]), text)
         for beta, gain, text in rows
     ]
     show_table(console, ["β", "score", "KL", "J", "share", "a response"], cells)
@@ -1289,7 +1299,7 @@ def run_walk_through(console, options, config, kept):
     say(console, "=== RLHF Training Loop Demo ===", style="bold")
     console.print()
     for number, (show, stage) in enumerate(zip(STEPS, walk_through(models, config, rng)), start=1):
-        sizes += [(name, array.shape, array.nbytes) for name, array in stage.items()]
+        sizes += [(title(name), array.shape, array.nbytes) for name, array in stage.items()]
         kept.update(stage)
         show(console, kept, config)
         kept.pop("logits", None)
@@ -1297,7 +1307,7 @@ def run_walk_through(console, options, config, kept):
             wait_for_enter(console)
     check_finite(1, kept["actor_loss"], kept["critic_loss"])
     for model, weights in models._asdict().items():
-        sizes += [(f"{model} {name}", array.shape, array.nbytes) for name, array in weights.items()]
+        sizes += [(f"{title(model)} {name}", array.shape, array.nbytes) for name, array in weights.items()]
     show_costs(console, models, config, sizes)
     if options.inspect is not None:
         show_response(console, kept, config, options.inspect, options.inspect_all)
