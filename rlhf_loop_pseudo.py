@@ -435,9 +435,9 @@ def gae(rewards, values, mask, gamma, lam):
 
 # ANCHOR: whiten
 def whiten(x, mask):
-    """Step 6. Shift and scale to mean 0 and variance 1 over the real tokens.
+    """Step 6. Shift and scale to mean 0 and variance 1.
 
-    (x - mean) / sqrt(variance + 1e-8), the variance unbiased (divided by n - 1).
+    Over the real tokens: (x - mean) / sqrt(variance + 1e-8), the variance unbiased (divided by n - 1).
     x, mask (B, T). Returns (B, T), 0 at padding. Raises ValueError for shapes that differ or no real token.
     Source: Huang et al. 2024, "The N+ Implementation Details of RLHF with PPO".
     """
@@ -1031,7 +1031,7 @@ def show_response(console, data, config, row, every_token):
     )
     explain(
         console,
-        "actor, ref: log probabilities; KL: before β; rew: reward; return = adv + value",
+        "actor, ref: log probs; KL: before β; rew: reward; return = adv + value",
         "TD = rew + γ value[t+1] - value; adv = TD + γ λ adv[t+1]; t+1: the row below",
     )
 
@@ -1133,13 +1133,16 @@ class Once(argparse.Action):
 
 
 def reader(kind, allowed):
-    """A function for argparse that reads a number and says what is allowed where it cannot."""
+    """A function for argparse that reads a value and says what is allowed where it is not."""
 
     def read(text):
         try:
-            return kind(text)
+            value = kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text[:40]!r} is not {allowed}") from None
+            value = math.nan
+        if not ALLOWED[allowed](value):
+            raise argparse.ArgumentTypeError(f"{text[:40]!r} is not {allowed}")
+        return value
 
     return read
 
@@ -1185,14 +1188,9 @@ def make_configs(options):
     if settings.get("steps", 1) > 1:
         settings.setdefault("drift", 0.0)  # training starts from the reference
     betas = settings.pop("beta", [Config.beta])
-    try:
-        configs = [Config(**settings, beta=beta) for beta in betas]
-    except ValueError as error:
-        name, problem = str(error).split(": ", 1)
-        raise UserError(f"{flag(name)}: {problem}") from None
     if len(set(betas)) < len(betas):
         raise UserError(f"--beta: {max(betas, key=betas.count):g} is given twice")
-    return configs
+    return [Config(**settings, beta=beta) for beta in betas]
 
 
 def check_options(options, configs):
@@ -1282,14 +1280,14 @@ def check_memory(config):
     if sum(needed.values()) > available:
         flags = max(needed, key=needed.get)
         raise UserError(
-            f"{flags}: these sizes need about {gigabytes(sum(needed.values()))} of memory, "
-            f"and {gigabytes(available)} are free; lower {flags}"
+            f"these sizes need {gigabytes(sum(needed.values()))} of memory and {gigabytes(available)} are free: "
+            f"lower {flags}"
         )
 
 
 def gigabytes(size):
     """Bytes as text, in units of a thousand million."""
-    return f"{size / 1e9:,.1f} GB" if size < 1e18 else f"over {10**9:,} GB"
+    return f"{size / 1e9:,.1f} GB" if size < 10**18 else "over a billion GB"
 
 
 def run_walk_through(console, options, config, kept):
@@ -1350,9 +1348,9 @@ def run_training(console, config, history):
     with Progress(*columns, console=Console(), transient=True, disable=silent) as progress:  # never recorded
         task = progress.add_task("", total=config.steps)
         for step, (metrics, response) in enumerate(train(models, config, rng), start=1):
-            check_finite(step, metrics["loss/policy_avg"], metrics["loss/value_avg"])
             for name, value in metrics.items():
                 history.setdefault(name, []).append(float(value))
+            check_finite(step, metrics["loss/policy_avg"], metrics["loss/value_avg"])
             score, kl = metrics["objective/scores"], metrics["objective/kl"]
             progress.update(task, advance=1, description=f"step {step}: score {score:.3f}, KL {kl:.2f}")
             if step in checkpoints:
@@ -1449,7 +1447,6 @@ def run(options):
             else:
                 run_walk_through(console, options, configs[0], kept)
     except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not lose what the first one kept
         say(console, "\nInterrupted.")
         code = 130
     except Diverged as problem:
@@ -1466,6 +1463,12 @@ def run(options):
     return code
 
 
+def interrupt_once(*_):
+    """Ctrl-C: stop, and ignore a second one, which could lose what the first one saves."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
 def main(argv=None):
     """Run the command line argv, sys.argv without it. Returns the exit code: 0, 1, 2 or 130."""
     codecs.register_error("spell_out", spell_out)
@@ -1479,12 +1482,12 @@ def main(argv=None):
     except KeyboardInterrupt:
         return 130
     except (UserError, OSError, MemoryError) as problem:
-        print(f"rlhf_loop_pseudo.py: {problem or 'not enough memory'}", file=sys.stderr)
+        print(f"rlhf_loop_pseudo.py: {str(problem) or 'not enough memory'}", file=sys.stderr)
         return 2 if isinstance(problem, UserError) else 1
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, interrupt_once)
     exit_code = main()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # nothing is left to interrupt
     sys.exit(exit_code)
