@@ -94,10 +94,10 @@ class Config:
     seed: int = setting(0, "a whole number of at least 0", "seed of all randomness (TRL seed)")
 
     def __post_init__(self):
-        for setting in fields(self):
-            value, allowed = getattr(self, setting.name), setting.metadata["allowed"]
+        for each in fields(self):
+            value, allowed = getattr(self, each.name), each.metadata["allowed"]
             if not ALLOWED[allowed](value):
-                raise ValueError(f"{setting.name}: {value!r} is not {allowed}")
+                raise ValueError(f"{each.name}: {value!r} is not {allowed}")
 
 
 # ------------------------------------------------------------------ 3. toy models
@@ -511,6 +511,8 @@ def actor_gradients(actor, prompts, responses, old_logprobs, advantages, mask, c
     scalar, (B, T) with 0 at padding.
     """
     inputs, real = response_inputs(prompts, responses), mask.astype(bool)
+    if not real.any():
+        raise ValueError("mask: no real token to learn from")
     hidden, context = backbone_and_context(actor, inputs)  # (B, S, D) both
     states, tokens = hidden[:, prompts.shape[1] - 1 :][real], responses[real]  # (N, D), (N,)
     old_logprobs, advantages = old_logprobs[real], advantages[real]

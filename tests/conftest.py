@@ -1,5 +1,9 @@
 """What several test files need: small models, ragged batches, and definitions too slow to be wrong."""
 
+import os
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy: more threads only wait on small matrices
+
 import numpy as np
 import pytest
 

@@ -20,6 +20,14 @@ import rlhf_loop_pseudo as loop
 
 SCRIPT = Path(loop.__file__)
 FAST = ["--preset", "letters", "--batch-size", "4"]
+
+
+@pytest.fixture(autouse=True)
+def little_theory(monkeypatch):
+    """What is tested here does not depend on how exactly the optimum is estimated."""
+    monkeypatch.setattr(loop, "THEORY_PROMPTS", 2)
+
+
 posix = pytest.mark.skipif(os.name != "posix", reason="signals, pipes and devices of POSIX")
 
 

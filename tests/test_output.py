@@ -235,7 +235,8 @@ def test_same_seed_same_bytes_other_seed_other_bytes(capsys):
     assert texts[0] == texts[1] != texts[2]
 
 
-def test_training_shows_and_saves_the_same_numbers(capsys, tmp_path):
+def test_training_shows_and_saves_the_same_numbers(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "THEORY_PROMPTS", 2)
     path = tmp_path / "x.npz"
     assert loop.main([*"--preset letters --steps 12 --batch-size 8 --save".split(), str(path)]) == 0
     text, data = capsys.readouterr().out, np.load(path)
@@ -266,7 +267,8 @@ def test_training_shows_and_saves_the_same_numbers(capsys, tmp_path):
     )
 
 
-def test_several_betas_are_compared_and_saved(capsys, tmp_path):
+def test_several_betas_are_compared_and_saved(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "THEORY_PROMPTS", 2)
     path = tmp_path / "x.npz"
     flags = "--preset letters --steps 3 --batch-size 8 --beta 0 0.1 1 --save".split()
     assert loop.main([*flags, str(path)]) == 0

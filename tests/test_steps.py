@@ -356,6 +356,7 @@ def test_what_would_silently_go_wrong_is_refused():
             lambda: loop.whiten(empty, empty),
             lambda: loop.ppo_loss(x, x, x, np.zeros((2, 3)), 0.2),
             lambda: loop.ppo_loss(empty, empty, empty, empty, 0.2),
+            lambda: loop.actor_gradients(model, tokens, tokens, x, x, np.zeros((2, 3)), 0.2),
         ],
     }
     for argument, calls in refused.items():
