@@ -18,7 +18,8 @@ Four toy models (actor, critic, reward, reference) go through the seven steps of
     6. the critic and GAE turn rewards into advantages
     7. PPO updates the actor, regression updates the critic
 
-Only the models' size is a toy. Gradients, masks, clipping and Adam are exact.
+The models are toys: tiny, with uniform attention and random weights, on random prompts. A score is an
+arbitrary function to maximise; no text means anything. Gradients, masks, clipping and Adam are exact.
 
 Letters in shape comments: B sequences, P prompt tokens, T response tokens, V vocabulary,
 D width, S sequence (P + T or less), N real tokens in the batch. Log probabilities and KL are in nats.
@@ -90,7 +91,7 @@ class Config:
     clip: float = setting(0.2, "a number between 0 and 1, both excluded", "PPO's epsilon, a ratio (TRL cliprange)")
     ppo_epochs: int = setting(4, COUNT, "updates on each batch (TRL num_ppo_epochs)")
     learning_rate: float = setting(4e-4, NOT_NEGATIVE, "Adam's, falling to 0 over the steps (TRL learning_rate)")
-    drift: float = setting(0.5, NOT_NEGATIVE, "noise that sets the actor off its reference, in standard deviations")
+    drift: float = setting(0.5, NOT_NEGATIVE, "noise, in deviations, between actor and reference; 0 in training")
     seed: int = setting(0, "a whole number of at least 0", "seed of all randomness (TRL seed)")
 
     def __post_init__(self):
@@ -118,8 +119,8 @@ def init_head(rng, width, out_width, scale=1.0):
 def init_model(rng, vocab_size, width, out_width, scale=1.0):
     """Draw a model: backbone (embed, mix) and head, float32.
 
-    Returns {"embed": (V, D), "mix": (D, D), "head": (D, out_width)}. The context weighs more
-    than the token itself, so that a token late in a response can still be judged by all before it.
+    Returns {"embed": (V, D), "mix": (D, D), "head": (D, out_width)}. The context outweighs the current
+    token, so that a late token's state still depends on the whole text.
     """
     return {
         "embed": init_weights(rng, (vocab_size, width), 0.1),
@@ -682,9 +683,9 @@ def real_mean(x, mask):
     return x.sum(axis=(-2, -1)) / np.count_nonzero(mask)
 
 
-def outside_clip(ratio, mask, clip):
-    """True for the real tokens whose ratio lies outside [1 - clip, 1 + clip]. (..., B, T)."""
-    return (np.abs(ratio - 1) > clip) & (mask != 0)
+def is_clipped(ratio, advantages, clip):
+    """True where clipping takes effect: it lowers the gain and so stops the gradient. (..., B, T)."""
+    return ratio * advantages > np.clip(ratio, 1 - clip, 1 + clip) * advantages
 
 
 def walk_through(models, config, rng):
@@ -699,6 +700,7 @@ def walk_through(models, config, rng):
             exact = exact_kl(logits, logprobs, models.reference, ref_logprobs, seen["prompts"], seen["responses"])
             stage["exact_kl"] = np.where(mask, exact, 0)
             stage["mean_kl"] = real_mean(stage["kl"], mask)
+            stage["kl_error"] = np.std(stage["kl"], where=mask != 0) / np.count_nonzero(mask) ** 0.5
             stage["mean_exact_kl"] = real_mean(stage["exact_kl"], mask)
             stage["negative_fraction"] = real_mean(logprobs < ref_logprobs, mask)
         if "rewards" in stage:
@@ -709,7 +711,7 @@ def walk_through(models, config, rng):
         if "ratio" in stage:
             stage["ratio_min"] = np.where(mask, stage["ratio"], np.inf).min(axis=(1, 2))
             stage["ratio_max"] = stage["ratio"].max(axis=(1, 2))
-            stage["clipped"] = outside_clip(stage["ratio"], mask, config.clip)
+            stage["clipped"] = is_clipped(stage["ratio"], seen["whitened"], config.clip)
             stage["clip_fraction"] = real_mean(stage["clipped"], mask)
         yield stage
 
@@ -738,7 +740,7 @@ def step_metrics(data, config, step):
         "objective/non_score_reward": 0.0 - config.beta * kl,
         "objective/rlhf_reward": score - config.beta * kl,
         "policy/approxkl_avg": 0.5 * real_mean(log_ratio**2, mask).mean(),
-        "policy/clipfrac_avg": real_mean(outside_clip(ratio, mask, config.clip), mask).mean(),
+        "policy/clipfrac_avg": real_mean(is_clipped(ratio, data["whitened"], config.clip), mask).mean(),
         "loss/policy_avg": data["actor_loss"].mean(),
         "loss/value_avg": data["critic_loss"].mean(),
         "val/ratio": real_mean(ratio, mask).mean(),
@@ -776,7 +778,7 @@ def attainable_gain(actor, reference, reward_model, config, rng):
     (Korbak et al. 2022; Rafailov et al. 2023, equation 4); for beta = 0 that is the largest score.
     Few reference responses are good ones, so the inner mean is taken over responses of the reference
     and of the actor alike, each weighted by p_reference / p_mixture (Veach & Guibas 1995, the balance
-    heuristic): weights never exceed 2. The log of a mean of few is too low, so J* is approached from below.
+    heuristic), weights that sum to 1. The log of a mean of few is too low: J* is approached from below.
 
     Returns floats: J_start (the reference's J), J, J_star, share = (J - J_start) / (J_star - J_start),
     and the actor's score and kl, all on the same fresh prompts.
@@ -791,14 +793,15 @@ def attainable_gain(actor, reference, reward_model, config, rng):
             score = score_responses(reward_model, prompts, responses, mask)
             logprobs = [(token_logprobs(model, prompts, responses) * mask).sum(axis=1) for model in (actor, reference)]
             sampled.append(np.array([score, *logprobs], dtype=np.float64))
-        from_reference, from_actor = sampled
-        starts.append(from_reference[0].mean())
+        from_actor = sampled[1]
         scores.append(from_actor[0].mean())
         kls.append((from_actor[1] - from_actor[2]).mean())
         score, actor_logprobs, ref_logprobs = np.concatenate(sampled, axis=1)
+        log_weights = ref_logprobs - np.logaddexp(actor_logprobs, ref_logprobs)
+        log_weights -= np.logaddexp.reduce(log_weights)
+        starts.append(np.exp(log_weights) @ score)
         if config.beta:
-            weights = ref_logprobs - np.logaddexp(actor_logprobs, ref_logprobs) + math.log(2)
-            bests.append(config.beta * (np.logaddexp.reduce(score / config.beta + weights) - math.log(len(score))))
+            bests.append(config.beta * np.logaddexp.reduce(score / config.beta + log_weights))
         else:
             bests.append(score.max())
     start, score, kl, best = (np.mean(x) for x in (starts, scores, kls, bests))
@@ -866,15 +869,20 @@ def shorten(texts, most):
     return texts if len(texts) <= most else [*texts[: most - 1], "…", texts[-1]]
 
 
+def fixed(value, digits):
+    """A number with that many decimals, and never a negative zero."""
+    return f"{round(float(value), digits) + 0.0:.{digits}f}"
+
+
 def number_list(values, most=4):
     """As in [0.73, 0.45, 0.91, …, 0.62]."""
-    return f"[{', '.join(shorten([f'{value:.2f}' for value in values], most))}]"
+    return f"[{', '.join(shorten([fixed(value, 2) for value in values], most))}]"
 
 
 def preview(x, mask):
     """The first response's first values and last, and the mean over all real tokens."""
-    values = shorten([f"{value:.2f}" for value in x[0][mask[0] != 0]], 3)
-    return f"[{' '.join(values)}] mean {real_mean(x, mask):.3f}"
+    values = shorten([fixed(value, 2) for value in x[0][mask[0] != 0]], 3)
+    return f"[{' '.join(values)}] mean {fixed(real_mean(x, mask), 3)}"
 
 
 def token_text(tokens, config):
@@ -912,7 +920,11 @@ def show_generation(console, data, config):
     say(console, f"  Generated tokens: {responses.shape}", token_text(responses[0][mask[0] != 0], config))
     say(console, f"  Actor logits: {logits.shape}", f"{megabytes(logits.nbytes)}; training keeps only slices")
     say(console, f"  Old log probs: {mask.shape}", preview(data["old_logprobs"], mask))
-    explain(console, 'Why "old": they stay as they are while step 7 changes the actor.')
+    explain(
+        console,
+        'Why "old": they stay as they are while step 7 changes the actor.',
+        "[...]: the first response's first tokens and last; mean: over all tokens.",
+    )
 
 
 def show_scores(console, data, config):
@@ -927,18 +939,18 @@ def show_scores(console, data, config):
 def show_kl(console, data, config):
     """Step 4."""
     say(console, "Step 4: Compute KL penalty (Reference)", style="bold")
-    kl, mask, estimator = data["kl"], data["mask"], config.kl_estimator
-    formula = {"k1": "lp - ref", "k2": "(lp - ref)^2 / 2", "k3": "exp(ref - lp) - 1 - (ref - lp)"}[estimator]
+    kl, mask = data["kl"], data["mask"]
     say(console, "  Reference forward pass...")
     say(console, f"  Reference log probs: {kl.shape}", preview(data["ref_logprobs"], mask))
     say(console, f"  KL divergence per token: {kl.shape}", preview(kl, mask))
-    say(console, f"  Mean KL: {data['mean_kl']:.3f}", f"nats; {estimator}: {formula}")
-    say(console, f"  Exact KL: {data['mean_exact_kl']:.3f}", f"nats, over all {config.vocab_size} tokens", "dim")
+    mean, error, exact = (fixed(data[name], 3) for name in ("mean_kl", "kl_error", "mean_exact_kl"))
+    say(console, f"  Mean KL: {mean}", f"± {error} nats per token, by {config.kl_estimator}")
+    say(console, f"  Exact KL: {exact}", f"nats per token, over all {config.vocab_size} words", "dim")
     explain(
         console,
-        f"Why a KL may be negative, as k1 is on {data['negative_fraction']:.0%} of these tokens: it judges",
-        "one sampled token by two log probabilities. Its mean over many tends to the",
-        "exact KL, which never is, but takes the whole vocabulary at every position.",
+        f"Why k1 = log p_actor - log p_reference is negative on {data['negative_fraction']:.0%} of the tokens: it",
+        "looks at the sampled token only. Its mean over many is the exact KL, which",
+        "is never negative, but needs the whole vocabulary at every position.",
     )
 
 
@@ -947,12 +959,12 @@ def show_rewards(console, data, config):
     say(console, "Step 5: Compute total rewards", style="bold")
     totals, score, kl = data["total_rewards"], data["scores"][0], data["kl_per_response"][0]
     say(console, "  reward = reward_model_score - β * KL", f"β = {config.beta}")
-    say(console, f"  Total rewards: {number_list(totals)}", f"mean {totals.mean():.3f}")
+    say(console, f"  Total rewards: {number_list(totals)}", f"per response, mean {fixed(totals.mean(), 3)}")
     explain(
         console,
         f"The first: {score:.4f} - {config.beta} * {kl:.4f} = {totals[0]:.4f}, KL summed over its tokens.",
-        "Why the score sits on the last token: nothing before it was judged. The KL",
-        f"is paid token by token: {number_list(data['rewards'][0][data['mask'][0] != 0], 5)}",
+        "Why the score sits on the last token: nothing before it was judged. Token by",
+        f"token: {number_list(data['rewards'][0][data['mask'][0] != 0], 5)}, each -β * KL, the last + score.",
     )
 
 
@@ -966,8 +978,8 @@ def show_advantages(console, data, config):
     say(console, f"  Whitened: {mask.shape}", preview(data["whitened"], mask), "dim")
     explain(
         console,
-        "δ[t] = reward[t] + γ value[t+1] - value[t]",
-        f"advantage[t] = δ[t] + γ λ advantage[t+1], with γ = {config.gamma}, λ = {config.lam}",
+        f"δ[t] = reward[t] + γ value[t+1] - value[t]           γ = {config.gamma}, λ = {config.lam};",
+        "advantage[t] = δ[t] + γ λ advantage[t+1]             all are 0 past the end",
         "Why whiten: the update must not grow with the scale of the scores.",
     )
 
@@ -977,16 +989,19 @@ def show_update(console, data, config):
     say(console, "Step 7: PPO update", style="bold")
     say(console, "  Ratio = exp(new_log_prob - old_log_prob)")
     say(console, f"  Clipped ratio: clip(ratio, {1 - config.clip:g}, {1 + config.clip:g})")
+    say(console, "      actor loss = mean of -min(ratio * A, clipped ratio * A), A whitened", style="dim")
+    say(console, "      critic loss = mean of (value - return)^2, return = advantage + value", style="dim")
     columns = [data[name] for name in ("ratio_min", "ratio_max", "clip_fraction", "actor_loss", "critic_loss")]
     rows = [
-        (f"{epoch:11}", f"{low:.3f} .. {high:.3f}", f"{clipped:.1%}", f"{actor:.4f}", f"{critic:.4f}", "")
+        (f"{epoch:11}", f"{low:.3f} .. {high:.3f}", f"{clipped:.1%}", fixed(actor, 4), fixed(critic, 4), "")
         for epoch, (low, high, clipped, actor, critic) in enumerate(zip(*columns), start=1)
     ]
     show_table(console, ["      epoch", "ratio", "clipped", "actor loss", "critic loss", ""], rows)
-    say(console, f"  Actor loss: {data['actor_loss'][-1]:.3f}", "in the last epoch")
-    say(console, f"  Critic loss: {data['critic_loss'][-1]:.3f}", "in the last epoch")
+    say(console, f"  Actor loss: {fixed(data['actor_loss'][-1], 3)}", "in the last epoch, before its update")
+    say(console, f"  Critic loss: {fixed(data['critic_loss'][-1], 3)}", "in the last epoch, before its update")
     explain(
         console,
+        "clipped: tokens whose gain, and so gradient, the clip takes away.",
         "Why the ratio is 1 in epoch 1: the weights are still those that generated.",
         "The loss is then minus the mean whitened advantage: 0, but not its gradient.",
     )
@@ -1017,24 +1032,24 @@ def show_response(console, data, config, row, every_token):
     """One response token by token (--inspect), so that every formula can be checked by hand."""
     length = np.count_nonzero(data["mask"][row])
     names = ("old_logprobs", "ref_logprobs", "kl", "rewards", "values", "td_errors", "advantages", "returns")
+    columns = ["t", "tok", "actor", "ref", "KL", "rew", "value", "TD", "adv", "return", "white", "ratio"]
     shown = range(length) if every_token or length <= 20 else [*range(8), None, *range(length - 8, length)]
     rows = []
     for t in shown:
         if t is None:
-            rows.append(("…", *[""] * 11))
+            rows.append(["…", *[""] * (len(columns) - 1)])
             continue
         token = token_text(data["responses"][row, t : t + 1], config).strip("[]")
-        numbers = [f"{data[name][row, t]:.3f}" for name in names]
-        clipped = "clip" if data["clipped"][-1, row, t] else ""
-        rows.append((str(t), token, *numbers, f"{data['ratio'][-1, row, t]:.2f}", clipped))
-    say(console, f"Response {row}, {length} tokens, with the ratio of the last epoch", style="bold")
-    show_table(
-        console, ["t", "tok", "actor", "ref", "KL", "rew", "value", "TD", "adv", "return", "ratio", ""], rows, gap=" "
-    )
+        numbers = [fixed(data[name][row, t], 3) for name in names]
+        ratio = fixed(data["ratio"][-1, row, t], 2) + ("*" if data["clipped"][-1, row, t] else "")
+        rows.append([str(t), token, *numbers, fixed(data["whitened"][row, t], 2), ratio])
+    say(console, f"Response {row}, {length} tokens, with the ratio of the last epoch (*: clipped)", style="bold")
+    show_table(console, columns, rows, gap=" ")
     explain(
         console,
-        "actor, ref: log probs; KL: before β; rew: reward; return = adv + value",
-        "TD = rew + γ value[t+1] - value; adv = TD + γ λ adv[t+1]; t+1: the row below",
+        "actor, ref: log probabilities; rew: reward; return = adv + value; white: the",
+        "whitened adv. With t+1 the next token, past the end 0:",
+        "TD = rew + γ value[t+1] - value; adv = TD + γ λ adv[t+1]",
     )
 
 
@@ -1070,16 +1085,16 @@ def show_metrics(console, history):
 def show_theory(console, gain, config):
     """Where training stands against the best that any policy can reach."""
     console.print()
-    say(console, "Against theory, in J = score - β * KL per response", style="bold")
+    say(console, "Against theory: J = score - β * KL per response, on fresh prompts", style="bold")
     say(console, f"  J at the start: {gain['J_start']:.3f}", "the reference's score")
     say(console, f"  J now: {gain['J']:.3f}", f"{gain['score']:.3f} - {config.beta} * {gain['kl']:.3f}")
-    say(console, f"  J*: {gain['J_star']:.3f}", "no policy exceeds it")
-    say(console, f"  Share of the attainable gain: {gain['share']:.0%}", "(J - J at the start) / (J* - J at the start)")
+    say(console, f"  J*: {gain['J_star']:.3f}", "no policy exceeds it; estimated")
+    say(console, f"  Share of the attainable gain: {share_text(gain['share'])}", "(J - start) / (J* - start)")
 
 
 def share_text(share):
-    """A share in percent, a dash where theory was left out."""
-    return "-" if math.isnan(share) else f"{share:.0%}"
+    """A share in percent; a dash where theory was left out, and for a loss its sign, as its size says nothing."""
+    return "-" if math.isnan(share) else "none" if share < 0 else f"{share:.0%}"
 
 
 def show_comparison(console, rows):
@@ -1341,7 +1356,7 @@ def run_training(console, config, history):
     rng = np.random.default_rng(config.seed)
     models = init_models(config, rng)
     say(console, f"=== RLHF Training, β = {config.beta:g} ===", style="bold")
-    say(console, f"  {config.steps} steps of {config.batch_size} responses; score, KL, total, entropy per response")
+    say(console, f"  {config.steps} steps of {config.batch_size} responses; all numbers are means per response")
     console.print()
     show_checkpoint_header(console)
     checkpoints = np.linspace(1, config.steps, min(11, config.steps)).round()
@@ -1411,16 +1426,20 @@ def show_source(name):
     anchored = dict(re.findall(r"^# ANCHOR: (\w+)\n(.*?)\n+# ANCHOR_END: \1$", source, flags=re.DOTALL | re.MULTILINE))
     if name and name not in anchored:
         raise UserError(f"--show: {name!r} is not one of {', '.join(anchored)}")
-    console = Screen()
+    console, functions = Screen(), re.findall(r"^def (\w+)", source, flags=re.MULTILINE)
     if not name:
         for each in anchored:
             say(console, f"{each:18}{inspect.getdoc(globals()[each]).splitlines()[0]}")
-    elif console.is_terminal:
+        return
+    calls = [each for each in functions if each != name and re.search(rf"\b{each}\(", anchored[name])]
+    heading = f"# calls {', '.join(calls)}\n" if calls else ""
+    text = f"{heading}import numpy as np\n\n\n{anchored[name]}"
+    if console.is_terminal:
         from rich.syntax import Syntax  # only a terminal pays for this import
 
-        console.print(Syntax(f"import numpy as np\n\n\n{anchored[name]}", "python", background_color="default"))
+        console.print(Syntax(text, "python", background_color="default"))
     else:
-        say(console, f"import numpy as np\n\n\n{anchored[name]}")
+        say(console, text)
 
 
 def export(console, path):
