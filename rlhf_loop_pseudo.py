@@ -815,7 +815,7 @@ def attainable_gain(actor, reference, reward_model, config, rng):
 NOTE_COLUMN = 38  # where the dim notes beside the numbers begin
 LETTERS = "abcdefghijklmnopqrstuvwxyz."
 BARS = "▁▂▃▄▅▆▇█"
-PLAIN = {"β": "beta", "γ": "gamma", "λ": "lambda", "δ": "delta", "…": "...", **dict(zip(BARS, "_.,-=+*#"))}
+PLAIN = {"β": "beta", "γ": "gamma", "λ": "lambda", "δ": "delta", "…": "...", "±": "+-", **dict(zip(BARS, "_.,-=+*#"))}
 
 
 class Screen(Console):

@@ -266,9 +266,7 @@ def test_training_shows_and_saves_the_same_numbers(capsys, tmp_path, monkeypatch
             assert bars[data[name].argmin()] == "▁"
     for start, name in {"J at the start:": "J_start", "J now:": "J", "J*:": "J_star"}.items():
         assert numbers(find(text, start))[0] == pytest.approx(data[f"theory/{name}"], abs=0.000501)
-    assert numbers(find(text, "Share of the attainable gain:"))[0] == pytest.approx(
-        100 * data["theory/share"], abs=0.501
-    )
+    assert find(text, "Share of the attainable gain:").split()[0] == loop.share_text(data["theory/share"])
 
 
 def test_several_betas_are_compared_and_saved(capsys, tmp_path, monkeypatch):
@@ -285,7 +283,10 @@ def test_several_betas_are_compared_and_saved(capsys, tmp_path, monkeypatch):
         assert float(beta) == [0, 0.1, 1][i]
         for shown_value, name in ((score, "score"), (kl, "kl"), (objective, "J")):
             assert float(shown_value) == pytest.approx(data[f"theory/{name}"][i], abs=0.000501)
-        assert float(share[:-1]) == pytest.approx(100 * data["theory/share"][i], abs=0.501)
+        if share == "none":
+            assert data["theory/share"][i] < 0
+        else:
+            assert float(share[:-1]) == pytest.approx(100 * data["theory/share"][i], abs=0.501)
         assert re.fullmatch(r"[a-z]*\.?", response)
     alone = tmp_path / "y.npz"
     assert loop.main([*"--preset letters --steps 3 --batch-size 8 --beta 0.1 --save".split(), str(alone)]) == 0
@@ -298,6 +299,10 @@ def test_without_theory_the_comparison_still_stands(capsys, monkeypatch):
     assert "nan" not in capsys.readouterr().out
     assert loop.main("--preset letters --steps 2 --batch-size 8".split()) == 0
     assert "No comparison with theory" in capsys.readouterr().out
+
+
+def test_a_share_is_a_percentage_where_there_is_one():
+    assert [loop.share_text(share) for share in (0.951, 0.0, -0.4, np.nan)] == ["95%", "0%", "none", "-"]
 
 
 def test_sparkline():
