@@ -36,7 +36,6 @@ if __name__ == "__main__":
 
 import argparse
 import codecs
-import inspect
 import json
 import math
 import os
@@ -164,7 +163,7 @@ def attend(x):
     """Causal attention to every position so far equally: sum(x[0..t]) / sqrt(t + 1). (B, S, D) -> (B, S, D).
 
     The root, not t + 1, so that the context keeps its variance. Summed in the order in which generate
-    sums, so that a token's log probability is the same to the last bit in both.
+    sums, so that both find the same log probabilities: to the last bit, where matrix products allow.
     """
     return np.cumsum(x, axis=1) / root_positions(x)
 
@@ -384,9 +383,9 @@ def shape_rewards(scores, kl, mask, beta):
     lengths = np.count_nonzero(mask, axis=1)
     if not lengths.all():
         raise ValueError("mask: a row without a real token has no place for its score")
-    rewards = np.zeros_like(kl)
+    rewards = np.zeros(kl.shape, dtype=np.result_type(scores, kl))
     rewards[np.arange(len(lengths)), lengths - 1] = scores
-    return np.where(mask, rewards - beta * kl, 0)
+    return np.where(mask, rewards - float(beta) * kl, 0)
 
 
 # ANCHOR_END: shape_rewards
@@ -417,13 +416,13 @@ def gae(rewards, values, mask, gamma, lam):
     Past the last real token, value and advantage are 0. λ = 0 leaves δ, the TD error; λ = 1 is the
     Monte Carlo return minus the value.
     rewards, values, mask (B, T); gamma, lam in [0, 1]. Returns (advantages, returns), (B, T), 0 at padding.
-    Raises ValueError for shapes that differ. Source: Schulman et al. 2016, equations 11, 12 and 16.
+    Raises ValueError for shapes that differ. Source: Schulman et al. 2016, equations 11 and 16 to 18.
     """
     if not rewards.shape == values.shape == mask.shape:
         raise ValueError(f"rewards {rewards.shape}, values {values.shape}, mask {mask.shape} must all be (B, T)")
     values = np.where(mask, values, 0)
-    advantages = np.zeros_like(values)
-    next_value = next_advantage = np.zeros_like(values[:, 0])  # (B,)
+    advantages = np.zeros(values.shape, dtype=np.result_type(rewards, values))
+    next_value = next_advantage = 0
     for t in reversed(range(values.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
         advantages[:, t] = np.where(mask[:, t], delta + gamma * lam * next_advantage, 0)
@@ -440,7 +439,7 @@ def whiten(x, mask):
 
     Over the real tokens: (x - mean) / sqrt(variance + 1e-8), the variance unbiased (divided by n - 1).
     x, mask (B, T). Returns (B, T), 0 at padding. Raises ValueError for shapes that differ or no real token.
-    Source: Huang et al. 2024, "The N+ Implementation Details of RLHF with PPO".
+    Source: masked_whiten in TRL.
     """
     if x.shape != mask.shape or not mask.any():
         raise ValueError(f"mask: needs the shape of x, {x.shape}, and a real token; its shape is {mask.shape}")
@@ -470,11 +469,11 @@ def ppo_loss(new_logprobs, old_logprobs, advantages, mask, clip):
     if not new_logprobs.shape == old_logprobs.shape == advantages.shape == mask.shape or not mask.any():
         raise ValueError("new_logprobs, old_logprobs, advantages, mask must have one shape, and mask a real token")
     count = int(np.count_nonzero(mask))
-    log_ratio = np.where(mask, new_logprobs - old_logprobs, 0)
+    log_ratio = np.where(mask, new_logprobs, 0) - np.where(mask, old_logprobs, 0)
     ratio = np.where(mask, np.exp(log_ratio), 0)
     advantages = np.where(mask, advantages, 0)
     unclipped = ratio * advantages
-    clipped = np.clip(ratio, 1 - clip, 1 + clip) * advantages
+    clipped = np.clip(ratio, 1 - float(clip), 1 + float(clip)) * advantages
     loss = -np.minimum(unclipped, clipped).sum() / count
     return loss, np.where(unclipped <= clipped, -unclipped, 0) / count, ratio
 
@@ -494,7 +493,7 @@ def value_loss(values, returns, mask):
     if not values.shape == returns.shape == mask.shape or not mask.any():
         raise ValueError("values, returns, mask must have one shape, and mask a real token")
     count = int(np.count_nonzero(mask))
-    error = np.where(mask, values - returns, 0)
+    error = np.where(mask, values, 0) - np.where(mask, returns, 0)
     return (error**2).sum() / count, 2 * error / count
 
 
@@ -509,7 +508,7 @@ def actor_gradients(actor, prompts, responses, old_logprobs, advantages, mask, c
     d loss / d logits = d_loss/d_new_logprob * (one-hot of the token - softmax(logits))
 
     prompts (B, P), the others (B, T). Returns (gradients, loss, ratio): keyed like the parameters,
-    scalar, (B, T) with 0 at padding.
+    scalar, (B, T) with 0 at padding. Raises ValueError for a mask without a real token.
     """
     inputs, real = response_inputs(prompts, responses), mask.astype(bool)
     if not real.any():
@@ -568,7 +567,8 @@ def adam_step(params, gradients, state, learning_rate):
     m = 0.9 m + 0.1 g    v = 0.999 v + 0.001 g²    p -= rate * m̂ / (sqrt(v̂) + 1e-8)
 
     with m̂ = m / (1 - 0.9^t) and v̂ = v / (1 - 0.999^t). params and gradients share their keys and shapes;
-    state starts as {} and holds t, m and v. Source: Kingma & Ba 2015, algorithm 1.
+    state starts as {} and holds t, m and v. Raises ValueError for shapes that differ.
+    Source: Kingma & Ba 2015, algorithm 1.
     """
     if not state:
         state.update(t=0, m={}, v={})
@@ -576,14 +576,16 @@ def adam_step(params, gradients, state, learning_rate):
             state["m"][name], state["v"][name] = np.zeros_like(param), np.zeros_like(param)
     state["t"] += 1
     for name, gradient in gradients.items():
-        step = max(1, 32768 * len(gradient) // gradient.size)
-        for start in range(0, len(gradient), step):  # in blocks that stay in the processor's cache
-            rows = slice(start, start + step)
-            g, m, v = gradient[rows], state["m"][name][rows], state["v"][name][rows]
+        if gradient.shape != params[name].shape:
+            raise ValueError(f"gradients: {name} has shape {gradient.shape}, its parameter {params[name].shape}")
+        every = [np.atleast_1d(x) for x in (params[name], gradient, state["m"][name], state["v"][name])]
+        step = max(1, 32768 * len(every[0]) // max(1, gradient.size))
+        for start in range(0, len(every[0]), step):  # in blocks that stay in the processor's cache
+            p, g, m, v = (x[start : start + step] for x in every)
             m += 0.1 * (g - m)
             v += 0.001 * (g**2 - v)
             m_hat, v_hat = m / (1 - 0.9 ** state["t"]), v / (1 - 0.999 ** state["t"])
-            params[name][rows] -= learning_rate * m_hat / (np.sqrt(v_hat) + 1e-8)
+            p -= learning_rate * m_hat / (np.sqrt(v_hat) + 1e-8)
 
 
 # ANCHOR_END: adam_step
@@ -731,7 +733,7 @@ def step_metrics(data, config, step):
     Sums over a response are averaged over the batch; policy/, loss/ and val/ratio over the epochs' real tokens.
     """
     mask, ratio, kl = data["mask"], data["ratio"], data["kl"].sum(axis=1).mean()
-    log_ratio = np.log(np.where(mask, ratio, 1))  # (epochs, B, T)
+    log_ratio = np.log(np.maximum(np.where(mask, ratio, 1), 1e-37))  # (epochs, B, T), finite where exp underflowed
     score = data["scores"].mean()
     return {
         "objective/scores": score,
@@ -776,35 +778,33 @@ def attainable_gain(actor, reference, reward_model, config, rng):
 
     No policy exceeds J* = E over prompts of beta * log E over reference responses of exp(score / beta)
     (Korbak et al. 2022; Rafailov et al. 2023, equation 4); for beta = 0 that is the largest score.
-    Few reference responses are good ones, so the inner mean is taken over responses of the reference
-    and of the actor alike, each weighted by p_reference / p_mixture (Veach & Guibas 1995, the balance
-    heuristic), weights that sum to 1. The log of a mean of few is too low: J* is approached from below.
+    Few reference responses are good ones, so responses of the reference and of the actor are pooled, and
+    every expectation is a weighted mean over the pool, with weights p / p_mixture that sum to 1 (Veach &
+    Guibas 1995, the balance heuristic). Then J_start and J never exceed J_star, in theory as in the estimate.
 
     Returns floats: J_start (the reference's J), J, J_star, share = (J - J_start) / (J_star - J_start),
     and the actor's score and kl, all on the same fresh prompts.
     """
-    starts, scores, kls, bests = [], [], [], []
+    rows = []
     for prompt in sample_prompts(rng, THEORY_PROMPTS, config.prompt_length, config.vocab_size):
         prompts, sampled = np.tile(prompt, (THEORY_RESPONSES, 1)), []
         for policy in (reference, actor):
             responses, mask, _, _ = generate(
                 policy, prompts, config.response_length, rng, config.vocab_size - 1, keep_logits=False
             )
-            score = score_responses(reward_model, prompts, responses, mask)
+            scores = score_responses(reward_model, prompts, responses, mask)
             logprobs = [(token_logprobs(model, prompts, responses) * mask).sum(axis=1) for model in (actor, reference)]
-            sampled.append(np.array([score, *logprobs], dtype=np.float64))
-        from_actor = sampled[1]
-        scores.append(from_actor[0].mean())
-        kls.append((from_actor[1] - from_actor[2]).mean())
-        score, actor_logprobs, ref_logprobs = np.concatenate(sampled, axis=1)
-        log_weights = ref_logprobs - np.logaddexp(actor_logprobs, ref_logprobs)
-        log_weights -= np.logaddexp.reduce(log_weights)
-        starts.append(np.exp(log_weights) @ score)
+            sampled.append(np.array([scores, *logprobs], dtype=np.float64))
+        scores, *logprobs = np.concatenate(sampled, axis=1)  # (2 * responses,) each
+        mixture = np.logaddexp(*logprobs)
+        of_actor, of_reference = (each - mixture - np.logaddexp.reduce(each - mixture) for each in logprobs)
+        start, score = np.exp(of_reference) @ scores, np.exp(of_actor) @ scores
+        kl = np.exp(of_actor) @ (of_actor - of_reference)
+        best = scores.max()
         if config.beta:
-            bests.append(config.beta * np.logaddexp.reduce(score / config.beta + log_weights))
-        else:
-            bests.append(score.max())
-    start, score, kl, best = (np.mean(x) for x in (starts, scores, kls, bests))
+            best = config.beta * np.logaddexp.reduce(scores / config.beta + of_reference)
+        rows.append((start, score, kl, best))
+    start, score, kl, best = np.mean(rows, axis=0)
     objective = score - config.beta * kl
     share = (objective - start) / (best - start)
     return {"J_start": start, "J": objective, "J_star": best, "share": share, "score": score, "kl": kl}
@@ -890,7 +890,7 @@ def token_text(tokens, config):
     if config.vocab_size == len(LETTERS):
         text = "".join(LETTERS[token] for token in tokens)
         return text if len(text) <= 24 else f"{text[:16]}…{text[-7:]}"
-    return f"[{' '.join(shorten([str(token) for token in tokens], 4))}]"
+    return f"[{' '.join(shorten([str(token) for token in tokens], 3))}]"
 
 
 def title(name):
@@ -1053,7 +1053,7 @@ def show_response(console, data, config, row, every_token):
     )
 
 
-CHECKPOINT = "{:>6}{:>8.3f}{:>8.2f}{:>8.3f}{:>9.2f}{:>9.1%}{:>8.1f}  {}"
+CHECKPOINT = "{:>6} {:>7.3f} {:>7.2f} {:>7.3f} {:>8.2f} {:>8.1%} {:>7.1f}  {}"
 
 
 def show_checkpoint_header(console):
@@ -1070,10 +1070,12 @@ def show_checkpoint(console, step, metrics, response, config):
 
 
 def sparkline(values, width=28):
-    """A row of bars, each the mean of an equal share of the values."""
+    """A row of bars, each the mean of an equal share of the values; a gap where that is not finite."""
     means = np.array([part.mean() for part in np.array_split(values, min(width, len(values)))])
-    span = means.max() - means.min()
-    return "".join(BARS[int(level)] for level in (means - means.min()) / (span or 1) * (len(BARS) - 1))
+    finite = np.isfinite(means)
+    low, high = means.min(initial=np.inf, where=finite), means.max(initial=-np.inf, where=finite)
+    levels = np.where(finite, means - low, 0) / ((high - low) or 1) * (len(BARS) - 1)
+    return "".join(BARS[int(level)] if real else " " for level, real in zip(levels, finite))
 
 
 def show_metrics(console, history):
@@ -1086,7 +1088,8 @@ def show_theory(console, gain, config):
     """Where training stands against the best that any policy can reach."""
     console.print()
     say(console, "Against theory: J = score - β * KL per response, on fresh prompts", style="bold")
-    say(console, f"  J at the start: {gain['J_start']:.3f}", "the reference's score")
+    start = "of the reference" if config.drift else "at the start"
+    say(console, f"  J {start}: {gain['J_start']:.3f}", "the reference's score")
     say(console, f"  J now: {gain['J']:.3f}", f"{gain['score']:.3f} - {config.beta} * {gain['kl']:.3f}")
     say(console, f"  J*: {gain['J_star']:.3f}", "no policy exceeds it; estimated")
     say(console, f"  Share of the attainable gain: {share_text(gain['share'])}", "(J - start) / (J* - start)")
@@ -1106,6 +1109,48 @@ def show_comparison(console, rows):
     ]
     show_table(console, ["β", "score", "KL", "J", "share", "a response"], cells)
     explain(console, "J = score - β * KL; share: of the gain in J that is attainable at this β")
+
+
+def progress_bar(console):
+    """Live figures at the bottom of a terminal; nothing elsewhere, and never in an export."""
+    from rich.progress import BarColumn, Progress, TextColumn  # only training pays for this import
+
+    silent = not console.is_terminal or console.is_dumb_terminal
+    return Progress(TextColumn("{task.description}"), BarColumn(), console=Console(), transient=True, disable=silent)
+
+
+def show_source(name):
+    """Print a public function, ready to paste, or with an empty name the list of them. Raises UserError."""
+    source = Path(__file__).read_text(encoding="utf-8")
+    anchored = dict(re.findall(r"^# ANCHOR: (\w+)\n(.*?)\n+# ANCHOR_END: \1$", source, flags=re.DOTALL | re.MULTILINE))
+    if name and name not in anchored:
+        raise UserError(f"--show: {name!r} is not one of {', '.join(anchored)}")
+    console, functions = Screen(), re.findall(r"^def (\w+)", source, flags=re.MULTILINE)
+    if not name:
+        for each, text in anchored.items():
+            summary = text.split('"""')[1].splitlines()[0]
+            say(console, f"{each:18}{summary}")
+        return
+    calls = [each for each in functions if each != name and re.search(rf"\b{each}\(", anchored[name])]
+    heading = f"# calls {', '.join(calls)}\n" if calls else ""
+    text = f"{heading}import numpy as np\n\n\n{anchored[name]}"
+    if console.is_terminal:
+        from rich.syntax import Syntax  # only a terminal pays for this import
+
+        console.print(Syntax(text, "python", background_color="default"))
+    else:
+        say(console, text)
+
+
+def export(console, path):
+    """Write what was shown to path, in the format of its suffix."""
+    text = console.export_text(clear=False)
+    console.width = max(80, *map(len, text.splitlines()))
+    if path.suffix == ".svg":
+        text = console.export_svg(title="rlhf_loop_pseudo", clear=False)
+    elif path.suffix == ".html":
+        text = console.export_html(clear=False)
+    write_whole(path, lambda file: file.write(text.encode("utf-8")))
 
 
 # ------------------------------------------------------------------ 7. the command line
@@ -1158,7 +1203,7 @@ def reader(kind, allowed):
         except ValueError:
             value = math.nan
         if not ALLOWED[allowed](value):
-            raise argparse.ArgumentTypeError(f"{text[:40]!r} is not {allowed}")
+            raise argparse.ArgumentTypeError(f"{text.strip()[:40]!r} is not {allowed}")
         return value
 
     return read
@@ -1195,7 +1240,12 @@ def parse_arguments(argv):
     parser.add_argument("--show", nargs="?", const="", action=Once, metavar="NAME", help="print a function; list them")
     parser.add_argument("--save", action=Once, metavar="FILE.npz", help="save the arrays, or a training's metrics")
     parser.add_argument("--export", action=Once, metavar="FILE", help="save what was shown, as .svg, .html or .txt")
-    return parser.parse_args(argv)
+    return parser.parse_args([protect(text) for text in (sys.argv[1:] if argv is None else argv)])
+
+
+def protect(text):
+    """A space before a negative number, so that argparse does not take -1e-3 or -inf for a flag."""
+    return f" {text}" if re.match(r"-(\.?\d|inf|nan)", text) else text
 
 
 def make_configs(options):
@@ -1235,8 +1285,8 @@ def check_output(name, path, suffixes):
     """Refuse a file that could not be written later, by writing beside it now. Raises UserError."""
     if path.suffix not in suffixes:
         raise UserError(f"{name}: {str(path)!r} must end in {' or '.join(suffixes)}")
-    if path.is_dir():
-        raise UserError(f"{name}: {str(path)!r} is a folder, not a file")
+    if path.exists() and not path.is_file():
+        raise UserError(f"{name}: {str(path)!r} is there and is no ordinary file")
     if not path.parent.is_dir():
         raise UserError(f"{name}: the folder {str(path.parent)!r} does not exist")
     try:
@@ -1251,7 +1301,7 @@ def write_whole(path, write):
     With None for write it only tries to make that new file. Raises OSError.
     """
     path = Path(os.path.realpath(path))
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{os.getpid()}.partial")
     try:
         with open(partial, "xb") as file:
             if write:
@@ -1267,8 +1317,8 @@ def memory_needed(config):
     batch, length, vocab, width = config.batch_size, config.response_length, config.vocab_size, config.width
     positions = config.prompt_length + length
     models = 20 * width * (vocab + width)  # four models, Adam's two states and gradients of two
-    hidden = 10 * batch * positions * width + 4 * positions**2
-    tokens = batch * positions * (40 + 4 * config.ppo_epochs)
+    hidden = batch * positions * (10 * width + 40)
+    tokens = batch * length * (20 + 4 * config.ppo_epochs)
     logits = batch * vocab * (5 + (length if config.steps == 1 else 0)) + 2 * max(SLICE, vocab)
     return {
         "--vocab-size or --width": 4 * models,
@@ -1282,7 +1332,7 @@ def memory_needed(config):
 def memory_available():
     """Bytes of memory that are free; where the system does not tell, more than any machine has."""
     try:
-        return 1024 * int(re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())[1])
+        return 1024 * int(re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(encoding="ascii"))[1])
     except (OSError, TypeError):
         pass
     try:
@@ -1316,11 +1366,12 @@ def run_walk_through(console, options, config, kept):
     for number, (show, stage) in enumerate(zip(STEPS, walk_through(models, config, rng)), start=1):
         sizes += [(title(name), array.shape, array.nbytes) for name, array in stage.items()]
         kept.update(stage)
+        if "ratio" in stage:
+            check_finite(1, config, stage["actor_loss"], stage["critic_loss"])
         show(console, kept, config)
         kept.pop("logits", None)
         if options.pause and number < len(STEPS):
             wait_for_enter(console)
-    check_finite(1, kept["actor_loss"], kept["critic_loss"])
     for model, weights in models._asdict().items():
         sizes += [(f"{title(model)} {name}", array.shape, array.nbytes) for name, array in weights.items()]
     show_costs(console, models, config, sizes)
@@ -1337,12 +1388,12 @@ def wait_for_enter(console):
     console.print()
 
 
-def check_finite(step, *losses):
+def check_finite(step, config, *losses):
     """Raises Diverged."""
     if not all(np.isfinite(loss).all() for loss in losses):
         raise Diverged(
-            f"step {step}: the loss is not a finite number any more, an update was too large; "
-            "try a lower --learning-rate or --drift"
+            f"step {step} at beta {config.beta:g}: the loss is not a finite number any more, an update was too large; "
+            "try a lower --learning-rate, --beta or --drift"
         )
 
 
@@ -1351,8 +1402,6 @@ def run_training(console, config, history):
 
     Returns (what attainable_gain says, or None where that would cost too much, the last response).
     """
-    from rich.progress import BarColumn, Progress, TextColumn  # only training pays for this import
-
     rng = np.random.default_rng(config.seed)
     models = init_models(config, rng)
     say(console, f"=== RLHF Training, β = {config.beta:g} ===", style="bold")
@@ -1360,14 +1409,12 @@ def run_training(console, config, history):
     console.print()
     show_checkpoint_header(console)
     checkpoints = np.linspace(1, config.steps, min(11, config.steps)).round()
-    silent = not console.is_terminal or console.is_dumb_terminal
-    columns = TextColumn("{task.description}"), BarColumn()
-    with Progress(*columns, console=Console(), transient=True, disable=silent) as progress:  # never recorded
+    with progress_bar(console) as progress:
         task = progress.add_task("", total=config.steps)
         for step, (metrics, response) in enumerate(train(models, config, rng), start=1):
             for name, value in metrics.items():
                 history.setdefault(name, []).append(float(value))
-            check_finite(step, metrics["loss/policy_avg"], metrics["loss/value_avg"])
+            check_finite(step, config, metrics["loss/policy_avg"], metrics["loss/value_avg"])
             score, kl = metrics["objective/scores"], metrics["objective/kl"]
             progress.update(task, advance=1, description=f"step {step}: score {score:.3f}, KL {kl:.2f}")
             if step in checkpoints:
@@ -1415,42 +1462,9 @@ def join_histories(histories, gains, configs):
             row[: len(history.get(name, ()))] = history.get(name, ())
         joined[name] = values if len(configs) > 1 else values[0, : len(histories[0][name])]
     for name in gains[0] if gains else ():
-        values = np.array([gain[name] for gain in gains])
+        values = np.array([gain[name] for gain in gains] + [np.nan] * (len(configs) - len(gains)))
         joined[f"theory/{name}"] = values if len(configs) > 1 else values[0]
     return joined
-
-
-def show_source(name):
-    """Print a public function, ready to paste, or with an empty name the list of them. Raises UserError."""
-    source = Path(__file__).read_text(encoding="utf-8")
-    anchored = dict(re.findall(r"^# ANCHOR: (\w+)\n(.*?)\n+# ANCHOR_END: \1$", source, flags=re.DOTALL | re.MULTILINE))
-    if name and name not in anchored:
-        raise UserError(f"--show: {name!r} is not one of {', '.join(anchored)}")
-    console, functions = Screen(), re.findall(r"^def (\w+)", source, flags=re.MULTILINE)
-    if not name:
-        for each in anchored:
-            say(console, f"{each:18}{inspect.getdoc(globals()[each]).splitlines()[0]}")
-        return
-    calls = [each for each in functions if each != name and re.search(rf"\b{each}\(", anchored[name])]
-    heading = f"# calls {', '.join(calls)}\n" if calls else ""
-    text = f"{heading}import numpy as np\n\n\n{anchored[name]}"
-    if console.is_terminal:
-        from rich.syntax import Syntax  # only a terminal pays for this import
-
-        console.print(Syntax(text, "python", background_color="default"))
-    else:
-        say(console, text)
-
-
-def export(console, path):
-    """Write what was shown to path, in the format of its suffix."""
-    text = console.export_text(clear=False)
-    console.width = max(80, *map(len, text.splitlines()))
-    if path.suffix == ".svg":
-        text = console.export_svg(title="rlhf_loop_pseudo", clear=False)
-    elif path.suffix == ".html":
-        text = console.export_html(clear=False)
-    write_whole(path, lambda file: file.write(text.encode("utf-8")))
 
 
 def run(options):
@@ -1460,7 +1474,17 @@ def run(options):
         return 0
     configs = make_configs(options)
     check_options(options, configs)
-    console, kept, code = Screen(record=options.export is not None), {}, 0
+    console, kept = Screen(record=options.export is not None), {}
+    code = work(console, options, configs, kept)
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C must not lose what is being saved
+    try:
+        return max(code, write_results(console, options, configs, kept))
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
+def work(console, options, configs, kept):
+    """Compute and show, kept collecting the arrays. Returns the exit code, whatever happens."""
     try:
         with np.errstate(all="ignore"):  # a loss that is not finite is reported by check_finite
             if configs[0].steps > 1:
@@ -1469,19 +1493,38 @@ def run(options):
                 run_walk_through(console, options, configs[0], kept)
     except KeyboardInterrupt:
         say(console, "\nInterrupted.")
-        code = 130
+        return 130
     except Diverged as problem:
-        print(f"rlhf_loop_pseudo.py: {problem}", file=sys.stderr)
-        code = 1
-    if options.save is not None and kept:
-        config = {**asdict(configs[0]), "beta": [config.beta for config in configs]}
-        if len(configs) == 1:
-            config["beta"] = configs[0].beta
-        kept = {name: array for name, array in kept.items() if name != "logits"}
-        write_whole(Path(options.save), lambda file: np.savez(file, config=json.dumps(config), **kept))
-    if options.export is not None:
-        export(console, Path(options.export))
+        return complain(problem)
+    except OSError as problem:  # the output is full
+        silence(sys.stdout)
+        return complain(problem)
+    return 0
+
+
+def write_results(console, options, configs, kept):
+    """Write the files of --save and --export. Returns the exit code: 1 where one of them failed."""
+    betas = [config.beta for config in configs]
+    config = json.dumps({**asdict(configs[0]), "beta": betas if len(betas) > 1 else betas[0]})
+    kept = {name: array for name, array in kept.items() if name != "logits"}
+    code = 0
+    for name, write in (
+        ("save", lambda path: write_whole(path, lambda file: np.savez(file, config=config, **kept))),
+        ("export", lambda path: export(console, path)),
+    ):
+        path = getattr(options, name)
+        try:
+            if path is not None:
+                write(Path(path))
+        except OSError as problem:
+            code = complain(f"{flag(name)}: cannot write {path!r} ({problem.strerror})")
     return code
+
+
+def complain(problem):
+    """One sentence on stderr. Returns the exit code 1."""
+    print(f"rlhf_loop_pseudo.py: {problem}", file=sys.stderr)
+    return 1
 
 
 def interrupt_once(*_):
@@ -1502,9 +1545,10 @@ def main(argv=None):
         return done.code or 0
     except KeyboardInterrupt:
         return 130
-    except (UserError, OSError, MemoryError) as problem:
-        print(f"rlhf_loop_pseudo.py: {str(problem) or 'not enough memory'}", file=sys.stderr)
-        return 2 if isinstance(problem, UserError) else 1
+    except UserError as problem:
+        return 1 + complain(problem)
+    except (OSError, MemoryError) as problem:
+        return complain(str(problem) or "not enough memory")
 
 
 if __name__ == "__main__":

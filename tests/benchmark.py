@@ -1,14 +1,12 @@
 """How fast the loop is and how its cost grows, as ratios taken in one run. No test and no gate.
 
     python tests/benchmark.py            the module against itself
-    python tests/benchmark.py --torch    and against the same step in PyTorch (CPU, eager, as many threads)
+    python tests/benchmark.py --torch    and against the same steps in PyTorch (CPU, eager, all processors)
 
-A ratio is the median over rounds in which what is compared takes turns, after a warm-up: it means
-the same on any machine, where a time in seconds would not. Sizes are the module's defaults
-unless a row names others. Below the aim is good, above the limit is not.
+A ratio is the median over rounds in which what is compared takes turns, after a warm-up: it carries over
+to other machines, where a time in seconds would not. A quiet machine is needed all the same, as threads
+that wait for a busy processor distort it. Sizes are the module's defaults unless a row names others.
 """
-
-from __future__ import annotations
 
 import argparse
 import importlib
@@ -23,13 +21,11 @@ import numpy as np
 SCRIPT = Path(__file__).resolve().parents[1] / "rlhf_loop_pseudo.py"
 sys.path.insert(0, str(SCRIPT.parent))
 loop = importlib.import_module("rlhf_loop_pseudo")
-# runs one command and prints its peak memory; RUSAGE_CHILDREN is the maximum of all children, so this has only one
+
+# prints the peak memory of the one command it runs: RUSAGE_CHILDREN is the maximum over all children
 PEAK = """import resource, subprocess, sys
 subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL, check=True)
 print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6)"""
-
-
-# ------------------------------------------------------------------ measuring
 
 
 def seconds(action):
@@ -41,10 +37,16 @@ def seconds(action):
 
 
 def ratios(rounds, base, *actions):
-    """Time of each action as a multiple of base's: medians over rounds in which all take turns."""
+    """Time of each action as a multiple of base's: medians over rounds in which all take turns.
+
+    A busy machine that needs more than 15 seconds for them gets fewer, at least three.
+    """
     for action in (base, *actions):
         action()
-    times = np.array([[seconds(action) for action in (base, *actions)] for _ in range(rounds)])
+    times, end = [], time.monotonic() + 15
+    while len(times) < 3 or (len(times) < rounds and time.monotonic() < end):
+        times.append([seconds(action) for action in (base, *actions)])
+    times = np.array(times)
     return np.median(times[:, 1:] / times[:, :1], axis=0)
 
 
@@ -54,36 +56,30 @@ def child(*arguments):
 
 
 def peak(*arguments):
-    """Peak memory in MB of the module run with these arguments: the median of three."""
-    command = [sys.executable, "-c", PEAK, sys.executable, str(SCRIPT), *arguments]
-    return np.median([float(subprocess.run(command, capture_output=True, check=True).stdout) for _ in range(3)])
+    """Peak memory in MB of the module run with these arguments; it hardly varies, so one run is enough."""
+    return float(subprocess.check_output([sys.executable, "-c", PEAK, sys.executable, str(SCRIPT), *arguments]))
 
 
-def show(name, measured, limit, aim, unit="x"):
-    """Print one row, each number with the unit behind it."""
-    verdict = "aim reached" if measured <= aim else "within the limit" if measured <= limit else "OVER THE LIMIT"
-    digits = 2 if unit == "x" else 0
-    cells = [f"{measured:.{digits}f}{unit}", f"{limit:g}{unit}", f"{aim:g}{unit}"]
-    print(f"{name:58}{''.join(cell.rjust(9) for cell in cells)}  {verdict}", flush=True)
-
-
-# ------------------------------------------------------------------ the module against itself
+def show(name, limit, aim, measured, unit="x"):
+    """Print one row."""
+    reached = "aim" if measured <= aim else "limit" if measured <= limit else "NEITHER"
+    cells = [f"{measured:.{2 if unit == 'x' else 0}f}{unit}", f"{limit:g}{unit}", f"{aim:g}{unit}", reached]
+    print(f"{name:46}{''.join(cell.rjust(8) for cell in cells)}", flush=True)
 
 
 def gradient_inputs(config):
-    """Arguments of actor_gradients for a random batch: what generate returned, and advantages."""
+    """Arguments of actor_gradients: a batch as generate returned it, and random advantages."""
     rng = np.random.default_rng(config.seed)
     actor = loop.init_models(config, rng).actor
     prompts = loop.sample_prompts(rng, config.batch_size, config.prompt_length, config.vocab_size)
-    responses, mask, logprobs, _ = loop.generate(
-        actor, prompts, config.response_length, rng, config.vocab_size - 1, keep_logits=False
-    )
+    batch = loop.generate(actor, prompts, config.response_length, rng, config.vocab_size - 1, keep_logits=False)
+    responses, mask, logprobs, _ = batch
     advantages = rng.standard_normal(mask.shape, dtype=np.float32) * mask
     return actor, prompts, responses, logprobs, advantages, mask, config.clip
 
 
 def gradient_floor(states, head):
-    """A function that does only what no form of actor_gradients can spare: three products and an exp, in slices."""
+    """A function that does only what no actor_gradients can spare, in slices as it does."""
     rows = max(1, loop.SLICE // head.shape[1])
     buffer, d_head = np.empty((rows, head.shape[1]), head.dtype), np.empty_like(head)
 
@@ -98,20 +94,13 @@ def gradient_floor(states, head):
 
 
 def drained(**sizes):
-    """A function that runs two steps of core_loop at these sizes; with learning rate 0, the same two each time."""
+    """A function that runs two steps of core_loop at these sizes; at learning rate 0, the same two each time."""
     config = loop.Config(**sizes, steps=2, learning_rate=0.0)
     models = loop.init_models(config, np.random.default_rng(config.seed))
     return lambda: list(loop.core_loop(models, config, np.random.default_rng(config.seed)))
 
 
-def growth(rounds=5):
-    """Time of the loop when B, T or V doubles, from half the default sizes, as multiples: three numbers."""
-    half = {"batch_size": 2, "prompt_length": 32, "response_length": 64, "vocab_size": 25128}
-    doubled = [drained(**{**half, name: 2 * half[name]}) for name in ("batch_size", "response_length", "vocab_size")]
-    return ratios(rounds, drained(**half), *doubled)
-
-
-# ------------------------------------------------------------------ the same in PyTorch
+# ------------------------------------------------------------------ the same steps in PyTorch
 
 
 def tensors(model, learning=True):
@@ -119,41 +108,36 @@ def tensors(model, learning=True):
     return {name: torch.tensor(array, requires_grad=learning) for name, array in model.items()}
 
 
-def torch_states(model, tokens):
+def torch_hidden(model, tokens):
     """backbone. (B, S) -> (B, S, D)."""
     x = model["embed"][tokens]
-    context = torch.cumsum(x, 1) / torch.sqrt(torch.arange(1, x.shape[1] + 1, dtype=x.dtype))[:, None]
-    return torch.tanh(x + context @ model["mix"])
+    roots = torch.sqrt(torch.arange(1, x.shape[1] + 1, dtype=x.dtype))[:, None]
+    return torch.tanh(x + torch.cumsum(x, 1) / roots @ model["mix"])
 
 
-def torch_response_states(model, prompts, responses):
-    """response_states. Returns (B, T, D)."""
-    return torch_states(model, torch.cat([prompts, responses[:, :-1]], 1))[:, prompts.shape[1] - 1 :]
+def torch_outputs(model, prompts, responses):
+    """response_states @ head: logits (B, T, V) or values (B, T, 1)."""
+    hidden = torch_hidden(model, torch.cat([prompts, responses[:, :-1]], 1))
+    return hidden[:, prompts.shape[1] - 1 :] @ model["head"]
 
 
 def torch_logprobs(model, prompts, responses):
     """token_logprobs. Returns (B, T)."""
-    logits = torch_response_states(model, prompts, responses) @ model["head"]  # (B, T, D) -> (B, T, V)
-    return torch.log_softmax(logits, -1).gather(2, responses[..., None])[..., 0]
-
-
-def torch_values(critic, prompts, responses):
-    """critic_values. Returns (B, T)."""
-    return (torch_response_states(critic, prompts, responses) @ critic["head"])[..., 0]
+    return torch.log_softmax(torch_outputs(model, prompts, responses), -1).gather(2, responses[..., None])[..., 0]
 
 
 def torch_generate(actor, prompts, length, eos_token):
-    """generate with keep_logits=False. Returns (responses, mask, logprobs), (B, T) each."""
-    total, token = actor["embed"][prompts].sum(1), prompts[:, -1]
+    """generate with keep_logits=False. Returns responses, mask, logprobs, (B, T) each."""
+    context_sum, token = actor["embed"][prompts].sum(1), prompts[:, -1]
     running, columns = torch.ones(len(prompts), dtype=torch.bool), []
     for t in range(length):
-        context = total / (prompts.shape[1] + t) ** 0.5
+        context = context_sum / (prompts.shape[1] + t) ** 0.5
         hidden = torch.tanh(actor["embed"][token] + context @ actor["mix"])
         logprobs = torch.log_softmax(hidden @ actor["head"], -1)  # (B, D) -> (B, V)
         token = torch.where(running, torch.multinomial(logprobs.exp(), 1)[:, 0], eos_token)
         columns.append((token, running.float(), logprobs.gather(1, token[:, None])[:, 0] * running))
         running = running & (token != eos_token)
-        total = total + actor["embed"][token]
+        context_sum = context_sum + actor["embed"][token]
     return [torch.stack(column, 1) for column in zip(*columns)]
 
 
@@ -163,16 +147,15 @@ def torch_policy_loss(actor, prompts, responses, logprobs, advantages, mask, cli
     return -(torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages) * mask).sum() / mask.sum()
 
 
-def torch_step(models, config):
-    """Steps 1 to 6 of the loop. Returns what step 7 needs: prompts, responses, mask, logprobs, advantages, returns."""
-    actor, critic, reward_model, reference = models
+def torch_batch(actor, critic, reward_model, reference, config):
+    """Steps 1 to 6. Returns (prompts, responses, logprobs, whitened advantages, mask), returns."""
     prompts = torch.randint(0, config.vocab_size - 1, (config.batch_size, config.prompt_length))
     responses, mask, logprobs = torch_generate(actor, prompts, config.response_length, config.vocab_size - 1)
-    rows, lengths = torch.arange(config.batch_size), mask.sum(1).long()
-    last = torch_states(reward_model, torch.cat([prompts, responses], 1))[rows, config.prompt_length + lengths - 1]
+    rows, ends = torch.arange(config.batch_size), mask.sum(1).long() - 1
+    last = torch_hidden(reward_model, torch.cat([prompts, responses], 1))[rows, config.prompt_length + ends]
     rewards = -config.beta * (logprobs - torch_logprobs(reference, prompts, responses)) * mask
-    rewards[rows, lengths - 1] += torch.sigmoid((last @ reward_model["head"])[:, 0])
-    values = torch_values(critic, prompts, responses) * mask
+    rewards[rows, ends] += torch.sigmoid((last @ reward_model["head"])[:, 0])
+    values = torch_outputs(critic, prompts, responses)[..., 0] * mask
     advantages, next_value, next_advantage = torch.zeros_like(values), torch.zeros(len(rows)), torch.zeros(len(rows))
     for t in reversed(range(config.response_length)):
         delta = rewards[:, t] + config.gamma * next_value - values[:, t]
@@ -180,90 +163,86 @@ def torch_step(models, config):
         next_value, next_advantage = values[:, t], advantages[:, t]
     centered = (advantages - advantages.sum() / mask.sum()) * mask
     whitened = centered / torch.sqrt((centered**2).sum() / (mask.sum() - 1) + 1e-8)
-    return prompts, responses, mask, logprobs, whitened, advantages + values
+    return (prompts, responses, logprobs, whitened, mask), advantages + values
 
 
 def torch_train(config):
     """train from fresh models, without its metrics."""
     models = loop.init_models(config, np.random.default_rng(config.seed))
-    models = [tensors(model, learning) for model, learning in zip(models, (True, True, False, False))]
-    optimizers = [torch.optim.Adam(model.values(), lr=config.learning_rate) for model in models[:2]]
+    actor, critic, *frozen = map(tensors, models, (True, True, False, False))
+    optimizers = [torch.optim.Adam(model.values()) for model in (actor, critic)]
     for step in range(config.steps):
-        for optimizer in optimizers:
-            optimizer.param_groups[0]["lr"] = config.learning_rate * (1 - step / config.steps)
         with torch.no_grad():
-            prompts, responses, mask, logprobs, whitened, returns = torch_step(models, config)
+            batch, returns = torch_batch(actor, critic, *frozen, config)
+        prompts, responses, *_, mask = batch
         for _ in range(config.ppo_epochs):
-            actor_loss = torch_policy_loss(models[0], prompts, responses, logprobs, whitened, mask, config.clip)
-            critic_loss = (((torch_values(models[1], prompts, responses) - returns) * mask) ** 2).sum() / mask.sum()
-            for optimizer, loss in zip(optimizers, (actor_loss, critic_loss)):
+            error = (torch_outputs(critic, prompts, responses)[..., 0] - returns) * mask
+            losses = torch_policy_loss(actor, *batch, config.clip), (error**2).sum() / mask.sum()
+            for optimizer, loss in zip(optimizers, losses):
+                optimizer.param_groups[0]["lr"] = config.learning_rate * (1 - step / config.steps)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
 
 
-def numpy_train(config):
-    """train from fresh models."""
-    rng = np.random.default_rng(config.seed)
-    for _ in loop.train(loop.init_models(config, rng), config, rng):
-        pass
+# ------------------------------------------------------------------ the table
 
 
 def show_torch_rows(config, inputs):
-    """The rows that compare a part of the loop with PyTorch in this process; inputs are actor_gradients'."""
+    """What is compared with PyTorch in this process; inputs are those of actor_gradients."""
     torch.set_num_threads(os.cpu_count())
-    actor, rest = tensors(inputs[0]), [torch.tensor(array) for array in inputs[1:-1]]
-    parameters = list(actor.values())
+    actor, prompts, *rest = tensors(inputs[0]), *map(torch.tensor, inputs[1:-1])
+    length, eos_token, fresh = config.response_length, config.vocab_size - 1, np.random.default_rng
+    letters = loop.Config(**loop.PRESETS["letters"], steps=20, drift=0.0)
+    sampling = torch.no_grad()(torch_generate)
 
     def torch_gradients():
-        return torch.autograd.grad(torch_policy_loss(actor, *rest, config.clip), parameters)
+        loss = torch_policy_loss(actor, prompts, *rest, config.clip)
+        torch.autograd.grad(loss, list(actor.values()))
 
     def torch_sampling():
-        with torch.no_grad():
-            return torch_generate(actor, rest[0], config.response_length, config.vocab_size - 1)
+        sampling(actor, prompts, length, eos_token)
 
     def numpy_sampling():
-        rng, eos_token = np.random.default_rng(0), config.vocab_size - 1
-        return loop.generate(*inputs[:2], config.response_length, rng, eos_token, keep_logits=False)
+        loop.generate(*inputs[:2], length, fresh(0), eos_token, keep_logits=False)
 
-    show("actor_gradients / PyTorch", *ratios(5, torch_gradients, lambda: loop.actor_gradients(*inputs)), 0.5, 0.3)
-    show("generate / PyTorch", *ratios(5, torch_sampling, numpy_sampling), 0.4, 0.2)
-    letters = loop.Config(**loop.PRESETS["letters"], steps=60, drift=0.0)
-    measured = ratios(5, lambda: torch_train(letters), lambda: numpy_train(letters))
-    show("training, preset letters / PyTorch", *measured, 1, 0.5)
+    def numpy_train():
+        list(loop.train(loop.init_models(letters, fresh(0)), letters, fresh(0)))
 
-
-def show_memory_rows():
-    """The rows about peak memory."""
-    if sys.platform == "win32":
-        print("peak memory: skipped, Python's resource module does not exist on Windows")
-        return
-    show("walk-through, peak memory", peak(), 400, 250, " MB")
-    small = ("--steps", "2", "--prompt-length", "16", "--response-length", "16", "--batch-size")
-    show("2 steps of P 16, T 16: peak, B 64 less B 4", peak(*small, "64") - peak(*small, "4"), 80, 20, " MB")
+    show("actor_gradients / PyTorch", 0.5, 0.3, *ratios(5, torch_gradients, lambda: loop.actor_gradients(*inputs)))
+    show("generate / PyTorch", 0.4, 0.2, *ratios(5, torch_sampling, numpy_sampling))
+    show("training, preset letters / PyTorch", 1, 0.5, *ratios(5, lambda: torch_train(letters), numpy_train))
 
 
 def main():
-    """Print the table."""
-    print(f"{'':58}{'measured':>9}{'limit':>9}{'aim':>9}")
-    config = loop.Config()
+    """Print the table, a row as soon as it is measured."""
+    versions = ", ".join(f"{module.__name__} {module.__version__}" for module in (np, torch) if module)
+    print(f"{versions}, {os.cpu_count()} processors".ljust(46) + "measured   limit     aim reached", flush=True)
     if torch:
-        measured = ratios(5, child("-c", "import torch"), child(str(SCRIPT)))
-        show("walk-through, the process / import torch", *measured, 0.8, 0.4)
-    inputs = gradient_inputs(config)
+        processes = child("-c", "import torch"), child(str(SCRIPT))
+        show("walk-through, whole process / import torch", 0.8, 0.4, *ratios(5, *processes))
+    inputs = gradient_inputs(loop.Config())
     actor, prompts, responses, *_, mask, _ = inputs
     floor = gradient_floor(loop.response_states(actor, prompts, responses)[mask != 0], actor["head"])
     measured = ratios(9, floor, lambda: loop.actor_gradients(*inputs))
-    show("actor_gradients / its three products and one exp", *measured, 1.6, 1.25)
+    show("actor_gradients / three products and an exp", 1.6, 1.25, *measured)
     if torch:
-        show_torch_rows(config, inputs)
-    show_memory_rows()
-    for letter, measured in zip("BTV", growth()):
-        show(f"the loop when {letter} doubles, from half the sizes", measured, 2.3, 2.05)
+        show_torch_rows(loop.Config(), inputs)
+    if sys.platform == "win32":
+        print("peak memory: skipped, Windows has no resource module")
+    else:
+        show("walk-through, peak memory", 400, 250, peak(), " MB")
+        small = ("--steps=2", "--prompt-length=16", "--response-length=16")
+        more = peak(*small, "--batch-size=64") - peak(*small, "--batch-size=4")
+        show("peak, 2 steps of P 16, T 16: B 64 less B 4", 80, 20, more, " MB")
+    half = {"batch_size": 2, "prompt_length": 32, "response_length": 64, "vocab_size": 25128}
+    doubled = [drained(**{**half, name: 2 * half[name]}) for name in ("batch_size", "response_length", "vocab_size")]
+    for letter, measured in zip("BTV", ratios(5, drained(**half), *doubled)):
+        show(f"loop when {letter} doubles, from half of all sizes", 2.3, 2.05, measured)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Ratios that say how fast the loop is.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(description="How fast the loop is, as ratios.", allow_abbrev=False)
     parser.add_argument("--torch", action="store_true", help="compare with PyTorch, which has to be installed")
     try:
         torch = importlib.import_module("torch") if parser.parse_args().torch else None

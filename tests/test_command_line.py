@@ -45,7 +45,7 @@ BAD = [
     *(
         (f"--{name}", value)
         for name in ("beta", "learning-rate", "drift")
-        for value in ("-1", "nan", "inf", "1e999", "x")
+        for value in ("-1", "-1e-3", "-inf", "nan", "inf", "1e999", "x")
     ),
     *((f"--{name}", value) for name in ("gamma", "lam") for value in ("-0.1", "1.1", "nan", "inf")),
     *(("--clip", value) for value in ("0", "1", "-0.2", "nan")),
@@ -218,8 +218,30 @@ def test_divergence_says_so_and_keeps_what_there_is(steps, tmp_path, capsys):
     path = tmp_path / "x.npz"
     assert loop.main([*FAST, "--steps", steps, "--learning-rate", "1e30", "--save", str(path)]) == 1
     output = capsys.readouterr()
-    assert re.fullmatch(r"rlhf_loop_pseudo.py: step \d: .*--learning-rate.*\n", output.err)
-    assert "config" in np.load(path)
+    assert re.fullmatch(r"rlhf_loop_pseudo.py: step \d at beta 0.02: .*--learning-rate.*\n", output.err)
+    assert "Update complete!" not in output.out
+    data = np.load(path)
+    assert "kl" in data if steps == "1" else len(data["objective/kl"]) == 1
+
+
+def test_one_of_several_betas_diverges(tmp_path, capsys):
+    path = tmp_path / "x.npz"
+    assert loop.main([*FAST, "--steps", "4", "--beta", "0.1", "1e38", "0.2", "--save", str(path)]) == 1
+    assert "at beta 1e+38" in capsys.readouterr().err
+    data = np.load(path)
+    assert np.isfinite(data["objective/kl"][0]).all()
+    assert np.isnan(data["objective/kl"][2]).all()
+    assert np.isfinite(data["theory/J"][0])
+    assert np.isnan(data["theory/J"][1:]).all()
+
+
+@pytest.mark.parametrize("rate", ["1.5", "3", "30"])
+def test_updates_far_too_large_but_finite_end_well(rate, tmp_path, capsys):
+    path = tmp_path / "x.npz"
+    assert loop.main([*FAST, "--steps", "6", "--learning-rate", rate, "--save", str(path)]) in (0, 1)
+    assert "objective/kl" in np.load(path)
+    capsys.readouterr()
+    assert len(loop.sparkline(np.array([1.0, np.nan, np.inf, 2.0]))) == 4
 
 
 @pytest.mark.parametrize("suffix", [".svg", ".html", ".txt"])
@@ -264,6 +286,46 @@ def test_an_unwritable_folder_is_refused_before_any_work(tmp_path, monkeypatch, 
     monkeypatch.setattr("builtins.open", locked)
     assert loop.main([*FAST, "--save", str(tmp_path / "x.npz")]) == 2
     assert re.search("--save: cannot write .*Permission denied", capsys.readouterr().err)
+
+
+def test_negative_numbers_are_read_as_numbers(capsys):
+    assert loop.main(["--beta", "-1e-3"]) == 2
+    assert "'-1e-3' is not a finite number of at least 0" in capsys.readouterr().err
+
+
+@posix
+def test_a_device_or_a_pipe_is_not_replaced(tmp_path, capsys):
+    pipe = tmp_path / "x.txt"
+    os.mkfifo(pipe)
+    assert loop.main([*FAST, "--export", str(pipe)]) == 2
+    assert "no ordinary file" in capsys.readouterr().err
+    assert pipe.is_fifo()
+
+
+def test_one_file_that_fails_does_not_cost_the_other(tmp_path, monkeypatch, capsys):
+    save, export = tmp_path / "x.npz", tmp_path / "x.txt"
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(loop.np, "savez", full)
+    assert loop.main([*FAST, "--save", str(save), "--export", str(export)]) == 1
+    assert re.search(r"--save: cannot write '.*x\.npz' \(No space left on device\)", capsys.readouterr().err)
+    assert os.listdir(tmp_path) == ["x.txt"]
+
+
+@posix
+def test_ctrl_c_while_saving_does_not_lose_it(tmp_path, monkeypatch):
+    save, original = tmp_path / "x.npz", np.savez
+
+    def interrupted(*arguments, **arrays):
+        signal.raise_signal(signal.SIGINT)
+        original(*arguments, **arrays)
+
+    monkeypatch.setattr(loop.np, "savez", interrupted)
+    assert loop.main([*FAST, "--save", str(save)]) == 0
+    assert "kl" in np.load(save)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_an_existing_file_is_replaced(tmp_path):

@@ -327,6 +327,29 @@ def test_the_dtype_is_kept(dtype, mask_type):
     assert {result.dtype for result in results} == {np.dtype(dtype)}
 
 
+def test_whole_numbers_are_not_rounded_down():
+    whole, mask = np.zeros((1, 3), dtype=int), np.ones((1, 3), dtype=int)
+    assert loop.shape_rewards(np.array([0.7]), whole, mask, 0.1)[0, 2] == 0.7
+    advantages, _ = loop.gae(np.array([[0, 0, 0.7]]), whole, mask, 1.0, 1.0)
+    np.testing.assert_allclose(advantages, [[0.7, 0.7, 0.7]])
+
+
+def test_adam_takes_parameters_of_any_shape():
+    params = {"scalar": np.array(1.0), "none": np.zeros((0, 3)), "turned": np.ones((3, 2)).T}
+    loop.adam_step(params, {name: np.ones_like(param) for name, param in params.items()}, {}, 0.1)
+    assert params["scalar"] == pytest.approx(0.9)
+    np.testing.assert_allclose(params["turned"], 0.9)
+    with pytest.raises(ValueError, match="gradients: scalar"):
+        loop.adam_step(params, {"scalar": np.ones(2)}, {}, 0.1)
+
+
+def test_a_ratio_that_overflows_costs_nothing_at_padding():
+    x, mask = np.array([[0.0, np.inf]]), np.array([[1, 0]])
+    loss, d_new, ratio = loop.ppo_loss(x, x, x, mask, 0.2)
+    assert (loss, d_new.tolist(), ratio.tolist()) == (0, [[0, 0]], [[1, 0]])
+    assert loop.value_loss(x, x, mask)[0] == 0
+
+
 def empty_row():
     mask = np.ones((2, 3))
     mask[1] = 0

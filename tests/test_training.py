@@ -141,6 +141,30 @@ def check_formulas(data, config):
         np.testing.assert_allclose(data[name], [pick(r[mask == 1]) for r in ratio])
 
 
+def test_the_exact_kl_is_that_of_the_models_before_the_update():
+    before, _ = start(SMALL)
+    data, _ = walk(SMALL)
+    for b, t in zip(*np.nonzero(data["mask"])):
+        tokens = [*data["prompts"][b], *data["responses"][b, :t]]
+        p, q = (slow_logprobs(model, tokens) for model in (before.actor, before.reference))
+        assert data["exact_kl"][b, t] == pytest.approx(np.exp(p) @ (p - q), abs=1e-4)
+    real = data["mask"] == 1
+    assert data["mean_exact_kl"] == pytest.approx(data["exact_kl"][real].mean(), rel=1e-4)
+    assert data["kl_error"] == pytest.approx(data["kl"][real].std() / real.sum() ** 0.5, rel=1e-4)
+    assert data["negative_fraction"] == (data["old_logprobs"] < data["ref_logprobs"])[real].mean()
+
+
+def test_theory_keeps_its_order_at_any_beta():
+    config = replace(SMALL, drift=2.0)
+    models, _ = start(config)
+    for beta in (0.0, 0.001, 0.1, 1.0, 100.0):
+        gain = loop.attainable_gain(
+            models.actor, models.reference, models.reward_model, replace(config, beta=beta), np.random.default_rng(0)
+        )
+        assert gain["kl"] > 0
+        assert max(gain["J_start"], gain["J"]) <= gain["J_star"]
+
+
 def test_passes_are_those_that_happen(monkeypatch):
     config, counted = replace(SMALL, ppo_epochs=3), {}
     models, rng = start(config)
