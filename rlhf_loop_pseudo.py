@@ -27,12 +27,14 @@ D width, S sequence (P + T or less), N real tokens in the batch. Log probabiliti
 
 from __future__ import annotations
 
-# Ctrl-C during the imports ends as quietly as it does later
 if __name__ == "__main__":
     import os
     import signal
 
+    # Ctrl-C during the imports ends as quietly as it does later
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    # On matrices this small more threads gain little, and on a busy machine they wait for each other
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import argparse
 import codecs
@@ -289,12 +291,12 @@ def generate(actor, prompts, response_length, rng, eos_token, keep_logits=True):
 
 
 def sample_tokens(logits, rng):
-    """Draw a token for each row by inverting the cumulative distribution. (B, V) -> tokens, logprobs (B,)."""
+    """Draw a token for each row from softmax(logits). (B, V) -> tokens, logprobs (B,)."""
     logits = logits - logits.max(axis=1, keepdims=True)
     exps = np.exp(logits)
-    cumulative = np.cumsum(exps, axis=1)
+    cumulative = np.cumsum(exps, axis=1, dtype=np.float64)  # in float32 the tail would be lost
     # 1 - u lies in (0, 1]: a token of probability 0 is never drawn, nor one past the last
-    threshold = (1 - rng.random(len(logits))).astype(logits.dtype) * cumulative[:, -1]
+    threshold = (1 - rng.random(len(logits))) * cumulative[:, -1]
     tokens = np.count_nonzero(cumulative < threshold[:, None], axis=1)
     return tokens, logits[np.arange(len(tokens)), tokens] - np.log(exps.sum(axis=1))
 

@@ -1,11 +1,11 @@
 """How fast the loop is and how its cost grows, as ratios taken in one run. No test and no gate.
 
     python tests/benchmark.py            the module against itself
-    python tests/benchmark.py --torch    and against the same steps in PyTorch (CPU, eager, all processors)
+    python tests/benchmark.py --torch    and against the same steps in PyTorch (CPU, eager)
 
 A ratio is the median over rounds in which what is compared takes turns, after a warm-up: it carries over
-to other machines, where a time in seconds would not. A quiet machine is needed all the same, as threads
-that wait for a busy processor distort it. Sizes are the module's defaults unless a row names others.
+to other machines, where a time in seconds would not. Both sides have one thread, as the module gives
+itself; OPENBLAS_NUM_THREADS=2 gives both two. Sizes are the module's defaults unless a row names others.
 """
 
 import argparse
@@ -15,6 +15,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+THREADS = os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy, which reads it once
 
 import numpy as np
 
@@ -37,13 +39,10 @@ def seconds(action):
 
 
 def ratios(rounds, base, *actions):
-    """Time of each action as a multiple of base's: medians over rounds in which all take turns.
-
-    A busy machine that needs more than 15 seconds for them gets fewer, at least three.
-    """
+    """Time of each action as a multiple of base's: medians over rounds in which all take turns."""
     for action in (base, *actions):
         action()
-    times, end = [], time.monotonic() + 15
+    times, end = [], time.monotonic() + 12  # a busy machine gets fewer rounds, at least three
     while len(times) < 3 or (len(times) < rounds and time.monotonic() < end):
         times.append([seconds(action) for action in (base, *actions)])
     times = np.array(times)
@@ -84,6 +83,7 @@ def gradient_floor(states, head):
     buffer, d_head = np.empty((rows, head.shape[1]), head.dtype), np.empty_like(head)
 
     def floor():
+        """The products and the exp; what they return is of no use."""
         for h in np.split(states, range(rows, len(states), rows)):
             matrix = np.matmul(h, head, out=buffer[: len(h)])  # (n, D) @ (D, V)
             np.exp(matrix, out=matrix)
@@ -190,23 +190,27 @@ def torch_train(config):
 
 def show_torch_rows(config, inputs):
     """What is compared with PyTorch in this process; inputs are those of actor_gradients."""
-    torch.set_num_threads(os.cpu_count())
+    torch.set_num_threads(int(THREADS))
     actor, prompts, *rest = tensors(inputs[0]), *map(torch.tensor, inputs[1:-1])
     length, eos_token, fresh = config.response_length, config.vocab_size - 1, np.random.default_rng
     letters = loop.Config(**loop.PRESETS["letters"], steps=20, drift=0.0)
     sampling = torch.no_grad()(torch_generate)
 
     def torch_gradients():
+        """actor_gradients."""
         loss = torch_policy_loss(actor, prompts, *rest, config.clip)
         torch.autograd.grad(loss, list(actor.values()))
 
     def torch_sampling():
+        """generate."""
         sampling(actor, prompts, length, eos_token)
 
     def numpy_sampling():
+        """generate, of the module."""
         loop.generate(*inputs[:2], length, fresh(0), eos_token, keep_logits=False)
 
     def numpy_train():
+        """train from fresh models, of the module."""
         list(loop.train(loop.init_models(letters, fresh(0)), letters, fresh(0)))
 
     show("actor_gradients / PyTorch", 0.5, 0.3, *ratios(5, torch_gradients, lambda: loop.actor_gradients(*inputs)))
@@ -217,7 +221,7 @@ def show_torch_rows(config, inputs):
 def main():
     """Print the table, a row as soon as it is measured."""
     versions = ", ".join(f"{module.__name__} {module.__version__}" for module in (np, torch) if module)
-    print(f"{versions}, {os.cpu_count()} processors".ljust(46) + "measured   limit     aim reached", flush=True)
+    print(f"{versions}, threads: {THREADS}".ljust(46) + "measured   limit     aim reached", flush=True)
     if torch:
         processes = child("-c", "import torch"), child(str(SCRIPT))
         show("walk-through, whole process / import torch", 0.8, 0.4, *ratios(5, *processes))

@@ -110,6 +110,16 @@ def test_sampling_at_both_ends_of_the_random_numbers():
     assert list(tokens) == [2, 1]
 
 
+def test_a_long_tail_of_small_probabilities_is_not_lost():
+    class End:
+        def random(self, size):
+            return np.zeros(size)
+
+    logits = np.full((1, 50_000), -17, dtype=np.float32)
+    logits[0, 0] = 0  # each of the others is too small to change a sum of 1 in float32
+    assert loop.sample_tokens(logits, End())[0] == 49_999
+
+
 @quick
 @given(batches)
 def test_scores(batch):
