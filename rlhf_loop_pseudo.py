@@ -290,15 +290,35 @@ def generate(actor, prompts, response_length, rng, eos_token, keep_logits=True):
 # ANCHOR_END: generate
 
 
+BLOCK = 256  # tokens of a large vocabulary that sample_tokens takes together
+
+
 def sample_tokens(logits, rng):
     """Draw a token for each row from softmax(logits). (B, V) -> tokens, logprobs (B,)."""
+    rows, vocab_size = np.arange(len(logits)), logits.shape[1]
     logits = logits - logits.max(axis=1, keepdims=True)
     exps = np.exp(logits)
-    cumulative = np.cumsum(exps, axis=1, dtype=np.float64)  # in float32 the tail would be lost
-    # 1 - u lies in (0, 1]: a token of probability 0 is never drawn, nor one past the last
-    threshold = (1 - rng.random(len(logits))) * cumulative[:, -1]
-    tokens = np.count_nonzero(cumulative < threshold[:, None], axis=1)
-    return tokens, logits[np.arange(len(tokens)), tokens] - np.log(exps.sum(axis=1))
+    weights, first, share = exps, 0, 1 - rng.random(len(logits))
+    if vocab_size > BLOCK:  # a running sum over all of V would be the slowest part of generation
+        starts = np.arange(0, vocab_size, BLOCK)
+        block, share = invert_cumulative(np.add.reduceat(exps, starts, axis=1), share)
+        first = starts[block]
+        columns = first[:, None] + np.arange(BLOCK)
+        weights = np.where(columns < vocab_size, exps[rows[:, None], np.minimum(columns, vocab_size - 1)], 0)
+    tokens = first + invert_cumulative(weights, share)[0]
+    return tokens, logits[rows, tokens] - np.log(exps.sum(axis=1))
+
+
+def invert_cumulative(weights, share):
+    """Where the running sum of each row of weights (B, n) reaches share (B,), in (0, 1], of the row's total.
+
+    Returns (index, share), both (B,): the share is how much of the weight at index it takes, in (0, 1].
+    """
+    rows = np.arange(len(weights))
+    cumulative = np.cumsum(weights, axis=1, dtype=np.float64)  # in float32 the tail would be lost
+    threshold = share * cumulative[:, -1]
+    index = np.count_nonzero(cumulative < threshold[:, None], axis=1)
+    return index, np.minimum(1 - (cumulative[rows, index] - threshold) / weights[rows, index], 1)
 
 
 # ANCHOR: score_responses

@@ -110,6 +110,19 @@ def test_sampling_at_both_ends_of_the_random_numbers():
     assert list(tokens) == [2, 1]
 
 
+@quick
+@given(st.integers(1, 40), st.integers(1, 7), st.integers(0, 2**32 - 1))
+def test_sampling_in_blocks_is_sampling(vocab_size, block, seed):
+    logits = np.random.default_rng(seed).normal(size=(50, vocab_size)) * 3
+    drawn = []
+    for size in (block, 10**6):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(loop, "BLOCK", size)
+            drawn.append(loop.sample_tokens(logits, np.random.default_rng(seed)))
+    for in_blocks, at_once in zip(*drawn):
+        np.testing.assert_array_equal(in_blocks, at_once)
+
+
 def test_a_long_tail_of_small_probabilities_is_not_lost():
     class End:
         def random(self, size):
