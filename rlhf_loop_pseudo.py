@@ -1138,7 +1138,8 @@ def progress_bar(console):
     from rich.progress import BarColumn, Progress, TextColumn  # only training pays for this import
 
     silent = not console.is_terminal or console.is_dumb_terminal
-    return Progress(TextColumn("{task.description}"), BarColumn(), console=Console(), transient=True, disable=silent)
+    columns = TextColumn("{task.description}"), BarColumn()
+    return Progress(*columns, console=Console(quiet=silent), transient=True, disable=silent)
 
 
 def show_source(name):
