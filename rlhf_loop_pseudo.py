@@ -720,8 +720,8 @@ def walk_through(models, config, rng):
         mask = seen.get("mask")
         if "kl" in stage:
             logprobs, ref_logprobs = seen["old_logprobs"], seen["ref_logprobs"]
-            logits = seen.pop("logits")
-            exact = exact_kl(logits, logprobs, models.reference, ref_logprobs, seen["prompts"], seen["responses"])
+            texts = seen["prompts"], seen["responses"]
+            exact = exact_kl(seen.pop("logits"), logprobs, models.reference, ref_logprobs, *texts)  # frees them
             stage["exact_kl"] = np.where(mask, exact, 0)
             stage["mean_kl"] = real_mean(stage["kl"], mask)
             stage["kl_error"] = np.std(stage["kl"], where=mask != 0) / np.count_nonzero(mask) ** 0.5
