@@ -213,25 +213,41 @@ def response_states(model, prompts, responses):
     return backbone(model, response_inputs(prompts, responses))[:, prompts.shape[1] - 1 :]
 
 
+def row_slices(rows, vocab_size):
+    """Slices of about equal size over the rows of an (N, V) matrix, each of at most SLICE numbers or one row."""
+    most = max(1, SLICE // vocab_size)
+    step = rows // (rows // most + 1) + 1
+    return [slice(start, min(start + step, rows)) for start in range(0, rows or 1, step)]
+
+
 def sliced_logits(states, head):
     """Yield states @ head as (rows, logits), at most SLICE logits at once, each time in the same buffer.
 
     A whole (N, V) matrix would cost more in fresh memory than in arithmetic.
     """
-    step = max(1, SLICE // head.shape[1])
-    buffer = np.empty((step, head.shape[1]), dtype=head.dtype)
-    for start in range(0, len(states), step):
-        rows = slice(start, min(start + step, len(states)))
-        yield rows, np.matmul(states[rows], head, out=buffer[: rows.stop - start])  # (n, D) -> (n, V)
+    slices = row_slices(len(states), head.shape[1])
+    buffer = np.empty((slices[0].stop, head.shape[1]), dtype=head.dtype)
+    for rows in slices:
+        yield rows, np.matmul(states[rows], head, out=buffer[: rows.stop - rows.start])  # (n, D) -> (n, V)
+
+
+def safe_to_exp(logits):
+    """Logits (n, V) with the maximum taken off each row that is so large or small that its exps would be lost.
+
+    Softmax does not change. Most rows stay as they are, which spares a pass over the matrix.
+    """
+    high = logits.max(axis=1, keepdims=True)
+    extreme = np.abs(high) > 30
+    return logits - np.where(extreme, high, 0) if extreme.any() else logits
 
 
 def exp_and_logprobs(logits, tokens):
-    """Softmax in parts, in place: logits become exp(logits - row maximum).
+    """Softmax in parts, in the place of logits, whose values are lost.
 
-    logits (n, V), tokens (n,). Returns (exps, sums, logprobs): exps is logits, its rows not yet
-    divided by their sums (n,); logprobs (n,) are those of tokens, in nats.
+    logits (n, V), tokens (n,). Returns (exps, sums, logprobs): exps (n, V), its rows not yet divided
+    by their sums (n,); logprobs (n,) are those of tokens, in nats.
     """
-    logits -= logits.max(axis=1, keepdims=True)
+    logits = safe_to_exp(logits)
     chosen = logits[np.arange(len(tokens)), tokens]  # (n, V) -> (n,)
     exps = np.exp(logits, out=logits)
     sums = exps.sum(axis=1)
@@ -245,7 +261,7 @@ def exp_and_logprobs(logits, tokens):
 def sample_prompts(rng, batch_size, prompt_length, vocab_size):
     """Step 1. Draw random prompts, without the end token.
 
-    Returns (B, P) int, each from 0 to V - 2: token V - 1 ends a text.
+    Returns (B, P) int, each from 0 to V - 2: token V - 1 ends a text. Source: x ~ D in Ziegler et al. 2019, section 2.
     """
     return rng.integers(0, vocab_size - 1, size=(batch_size, prompt_length))
 
@@ -263,6 +279,7 @@ def generate(actor, prompts, response_length, rng, eos_token, keep_logits=True):
     prompts (B, P) int. Returns (responses, mask, logprobs, logits):
     responses (B, T) int, filled with eos_token after the end; mask (B, T), 1 up to and including
     the first end token; logprobs (B, T) in nats, 0 where the mask is 0; logits (B, T, V) or None.
+    Source: Radford et al. 2018 (GPT), equations 1 and 2.
     """
     batch_size, prompt_length = prompts.shape
     embed, mix, head = actor["embed"], actor["mix"], actor["head"]
@@ -296,7 +313,7 @@ BLOCK = 256  # tokens of a large vocabulary that sample_tokens takes together
 def sample_tokens(logits, rng):
     """Draw a token for each row from softmax(logits). (B, V) -> tokens, logprobs (B,)."""
     rows, vocab_size = np.arange(len(logits)), logits.shape[1]
-    logits = logits - logits.max(axis=1, keepdims=True)
+    logits = safe_to_exp(logits)
     exps = np.exp(logits)
     weights, first, share = exps, 0, 1 - rng.random(len(logits))
     if vocab_size > BLOCK:  # a running sum over all of V would be the slowest part of generation
@@ -317,7 +334,7 @@ def invert_cumulative(weights, share):
     rows = np.arange(len(weights))
     cumulative = np.cumsum(weights, axis=1, dtype=np.float64)  # in float32 the tail would be lost
     threshold = share * cumulative[:, -1]
-    index = np.count_nonzero(cumulative < threshold[:, None], axis=1)
+    index = np.argmax(cumulative >= threshold[:, None], axis=1)  # the first
     return index, np.minimum(1 - (cumulative[rows, index] - threshold) / weights[rows, index], 1)
 
 
@@ -350,6 +367,7 @@ def token_logprobs(model, prompts, responses):
 
     One forward pass over the whole sequence, at most SLICE logits at once.
     prompts (B, P), responses (B, T). Returns (B, T) in nats, padding not masked.
+    Source: Radford et al. 2018 (GPT), equations 1 and 2.
     """
     states = response_states(model, prompts, responses)
     states = states.reshape(-1, states.shape[-1])  # (B, T, D) -> (B * T, D)
@@ -420,6 +438,7 @@ def critic_values(critic, prompts, responses):
     value[t] = hidden[P - 1 + t] @ head: the state before token t is chosen.
 
     prompts (B, P), responses (B, T). Returns (B, T), in units of reward, padding not masked.
+    Source: V in Schulman et al. 2016, section 2.
     """
     return (response_states(critic, prompts, responses) @ critic["head"])[..., 0]  # (B, T, D) -> (B, T)
 
@@ -531,6 +550,7 @@ def actor_gradients(actor, prompts, responses, old_logprobs, advantages, mask, c
 
     prompts (B, P), the others (B, T). Returns (gradients, loss, ratio): keyed like the parameters,
     scalar, (B, T) with 0 at padding. Raises ValueError for a mask without a real token.
+    Source: Schulman et al. 2017, equation 7, by the chain rule.
     """
     inputs, real = response_inputs(prompts, responses), mask.astype(bool)
     if not real.any():
@@ -566,6 +586,7 @@ def critic_gradients(critic, prompts, responses, returns, mask):
     One forward and one backward pass.
 
     prompts (B, P), the others (B, T). Returns (gradients, loss): keyed like the parameters, scalar.
+    Raises ValueError for a mask without a real token. Source: Schulman et al. 2017, section 5, by the chain rule.
     """
     inputs, head = response_inputs(prompts, responses), critic["head"]
     hidden, context = backbone_and_context(critic, inputs)  # (B, S, D) both
@@ -597,6 +618,7 @@ def adam_step(params, gradients, state, learning_rate):
         for name, param in params.items():
             state["m"][name], state["v"][name] = np.zeros_like(param), np.zeros_like(param)
     state["t"] += 1
+    rate, v_scale = learning_rate / (1 - 0.9 ** state["t"]), 1 - 0.999 ** state["t"]
     for name, gradient in gradients.items():
         if gradient.shape != params[name].shape:
             raise ValueError(f"gradients: {name} has shape {gradient.shape}, its parameter {params[name].shape}")
@@ -606,8 +628,7 @@ def adam_step(params, gradients, state, learning_rate):
             p, g, m, v = (x[start : start + step] for x in every)
             m += 0.1 * (g - m)
             v += 0.001 * (g**2 - v)
-            m_hat, v_hat = m / (1 - 0.9 ** state["t"]), v / (1 - 0.999 ** state["t"])
-            p -= learning_rate * m_hat / (np.sqrt(v_hat) + 1e-8)
+            p -= rate * m / (np.sqrt(v / v_scale) + 1e-8)
 
 
 # ANCHOR_END: adam_step
@@ -616,22 +637,22 @@ def adam_step(params, gradients, state, learning_rate):
 def exact_kl(logits, logprobs, reference, ref_logprobs, prompts, responses):
     """KL(actor || reference) of each token's whole distribution: Σ over v of p(v) (log p(v) - log q(v)).
 
-    For the walk-through only: training samples one token where this needs V. With c the sampled token,
-    log p(v) = log p(c) + logits[v] - logits[c], and the same for q, so no second softmax is needed.
+    For the walk-through only: training samples one token where this needs V. With log p(v) = logits[v] - log Z,
+    and the same for q, it is E_p[logits] - log Z - E_p[ref_logits] + log Z_ref. Both log Z follow from the
+    sampled token, and E_p[ref_logits] = state · Σ p(v) head[:, v], so that no second (N, V) matrix is needed.
     logits (B, T, V), logprobs and ref_logprobs (B, T). Returns (B, T) in nats, padding not masked.
     """
-    states = response_states(reference, prompts, responses)
-    states = states.reshape(-1, states.shape[-1])  # (B, T, D) -> (N, D)
-    logits, tokens = logits.reshape(len(states), -1), responses.ravel()
-    logprobs, ref_logprobs = logprobs.ravel(), ref_logprobs.ravel()
-    kl = np.empty_like(logprobs)
-    for rows, ref_logits in sliced_logits(states, reference["head"]):
-        chosen = np.arange(len(ref_logits)), tokens[rows]
-        gap = np.subtract(logits[rows], ref_logits, out=ref_logits)  # (n, V)
-        probs = logits[rows] + (logprobs[rows] - logits[rows][chosen])[:, None]
+    states, head = response_states(reference, prompts, responses), reference["head"]
+    log_z = np.take_along_axis(logits, responses[..., None], axis=2)[..., 0] - logprobs  # (B, T, V) -> (B, T)
+    ref_log_z = np.einsum("btd,dbt->bt", states, head[:, responses]) - ref_logprobs
+    kl = ref_log_z - log_z
+    for row in range(len(kl)):
+        probs = logits[row] - log_z[row][:, None]  # (T, V)
         np.exp(probs, out=probs)
-        kl[rows] = np.einsum("nv,nv->n", probs, gap) - gap[chosen] + logprobs[rows] - ref_logprobs[rows]
-    return kl.reshape(responses.shape)
+        kl[row] += np.einsum("tv,tv->t", probs, logits[row])
+        kl[row] -= np.einsum("td,td->t", probs @ head.T, states[row])
+        del probs  # so that the next row's take its place
+    return kl
 
 
 # ------------------------------------------------------------------ 5. the loop
@@ -1342,7 +1363,7 @@ def memory_needed(config):
     models = 20 * width * (vocab + width)  # four models, Adam's two states and gradients of two
     hidden = batch * positions * (10 * width + 40)
     tokens = batch * length * (20 + 4 * config.ppo_epochs)
-    logits = batch * vocab * (5 + (length if config.steps == 1 else 0)) + 2 * max(SLICE, vocab)
+    logits = batch * vocab * 5 + 2 * max(SLICE, vocab) + ((batch + 1) * length * vocab if config.steps == 1 else 0)
     return {
         "--vocab-size or --width": 4 * models,
         "--batch-size, --prompt-length, --response-length or --width": 4 * hidden,

@@ -79,12 +79,13 @@ def gradient_inputs(config):
 
 def gradient_floor(states, head):
     """A function that does only what no actor_gradients can spare, in slices as it does."""
-    rows = max(1, loop.SLICE // head.shape[1])
-    buffer, d_head = np.empty((rows, head.shape[1]), head.dtype), np.empty_like(head)
+    slices = loop.row_slices(len(states), head.shape[1])
+    buffer, d_head = np.empty((slices[0].stop, head.shape[1]), head.dtype), np.empty_like(head)
 
     def floor():
         """The products and the exp; what they return is of no use."""
-        for h in np.split(states, range(rows, len(states), rows)):
+        for rows in slices:
+            h = states[rows]
             matrix = np.matmul(h, head, out=buffer[: len(h)])  # (n, D) @ (D, V)
             np.exp(matrix, out=matrix)
             np.matmul(h.T, matrix, out=d_head)  # (D, n) @ (n, V)

@@ -157,6 +157,19 @@ def test_token_logprobs_in_slices_of_any_size(batch, size):
 
 
 @quick
+@given(st.integers(0, 60), st.integers(1, 20), st.integers(1, 30))
+def test_row_slices_are_even_and_never_too_large(rows, vocab_size, size):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "SLICE", size)
+        slices = loop.row_slices(rows, vocab_size)
+    lengths = [part.stop - part.start for part in slices]
+    assert [row for part in slices for row in range(part.start, part.stop)] == list(range(rows))
+    assert max(lengths) * vocab_size <= max(size, vocab_size)
+    assert len(slices) == 1 or min(lengths) > 0
+    assert len(slices) <= rows // max(1, size // vocab_size) + 1
+
+
+@quick
 @given(batches)
 def test_exact_kl(batch):
     other = small_model(batch.rng, batch.vocab_size, batch.width)
@@ -412,10 +425,18 @@ def test_what_would_silently_go_wrong_is_refused():
 
 
 def test_extreme_logits_stay_finite():
-    logits = np.array([[1e4, -1e4, 0.0], [1e4, 1e4, -1e4]], dtype=np.float32)
-    _, sums, logprobs = loop.exp_and_logprobs(logits.copy(), np.array([0, 1]))
-    np.testing.assert_allclose(logprobs, [0, -np.log(2)], atol=1e-6)
-    assert (sums >= 1).all()
+    logits = np.array([[1e4, -1e4, 0], [1e4, 1e4, -1e4], [-1e4, -1e4, -2e4], [60, 90, 90], [-200, 0, 1]], np.float32)
+    tokens = np.array([0, 1, 0, 2, 1])
+    exps, sums, logprobs = loop.exp_and_logprobs(logits.copy(), tokens)
+    np.testing.assert_allclose(logprobs, [0, -np.log(2), -np.log(2), -np.log(2), -np.log(1 + np.e)], atol=1e-6)
+    np.testing.assert_allclose(exps.sum(axis=1), sums)
+    assert np.isfinite(sums).all() and (sums >= 1).all()
+    sampled, logprobs = loop.sample_tokens(logits, np.random.default_rng(0))
+    assert sampled[0] == 0 and set(sampled[1:3]) <= {0, 1} and set(sampled[3:]) <= {1, 2}
+    np.testing.assert_allclose(logprobs, loop.exp_and_logprobs(logits.copy(), sampled)[2])
+
+
+def test_scores_saturate():
     model = {"embed": np.full((2, 1), 100.0), "mix": np.ones((1, 1)), "head": np.array([[1e4]])}
     tokens, mask = np.zeros((1, 1), dtype=int), np.ones((1, 1))
     assert loop.score_responses(model, tokens, tokens, mask) == 1

@@ -295,7 +295,25 @@ def test_letters_learn_and_beta_holds_the_kl():
     assert results[1.0][-1][1] < 1.5
 
 
-def test_theory_is_left_out_where_it_costs_too_much():
-    assert loop.theory_is_cheap(loop.Config(**loop.PRESETS["letters"], steps=2))
-    assert not loop.theory_is_cheap(loop.Config(steps=100))
-    assert loop.theory_is_cheap(loop.Config(steps=100_000))
+# Theory takes 3 * 2 * 32 * 128 passes over a response; cheap are 2e9 multiplications (of width * (width + vocabulary)
+# each token), and a fifth of the training's passes (batch * (3 + 4 * epochs) each step).
+@pytest.mark.parametrize(
+    "prompt_length, response_length, width, vocab_size, work",
+    [(1, 1, 1, 40_689, 2), (1, 2, 10, 2_702, 30), (2, 1, 10, 2_702, 30)],
+)
+def test_theory_is_shown_where_it_takes_hardly_any_time(prompt_length, response_length, width, vocab_size, work):
+    config = loop.Config(
+        prompt_length=prompt_length, response_length=response_length, width=width, vocab_size=vocab_size
+    )
+    assert 3 * 2 * 32 * 128 * work * (width + vocab_size) < 2e9 < 3 * 2 * 32 * 128 * work * (width + vocab_size + 1)
+    assert loop.theory_is_cheap(config)
+    assert not loop.theory_is_cheap(replace(config, vocab_size=vocab_size + 1))
+
+
+@pytest.mark.parametrize("batch_size, ppo_epochs, steps", [(4, 4, 1616), (5, 1, 3510)])
+def test_theory_is_shown_where_it_takes_a_fifth_of_the_training(batch_size, ppo_epochs, steps):
+    config = loop.Config(batch_size=batch_size, ppo_epochs=ppo_epochs, steps=steps)
+    one_step = batch_size * (3 + 4 * ppo_epochs)
+    assert one_step * steps < 5 * 3 * 2 * 32 * 128 < one_step * (steps + 1)
+    assert not loop.theory_is_cheap(config)
+    assert loop.theory_is_cheap(replace(config, steps=steps + 1))
