@@ -33,8 +33,9 @@ if __name__ == "__main__":
 
     # Ctrl-C during the imports ends as quietly as it does later
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
-    # On matrices this small more threads gain little, and on a busy machine they wait for each other
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    # Two threads are enough for matrices this small; one without work sleeps soon (2**16 cycles), or it slows the other
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "2")
+    os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "16")
 
 import argparse
 import codecs
@@ -50,6 +51,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from numpy.random import default_rng  # now: while it loads, a Ctrl-C would be lost
 from rich.console import Console
 from rich.text import Text
 
@@ -65,9 +67,9 @@ COUNT = "a whole number of at least 1"
 NOT_NEGATIVE = "a finite number of at least 0"
 FRACTION = "a number from 0 to 1"
 ALLOWED = {
-    COUNT: lambda x: x >= 1,
-    "a whole number of at least 2": lambda x: x >= 2,
-    "a whole number of at least 0": lambda x: x >= 0,
+    COUNT: lambda x: x >= 1 and x % 1 == 0,
+    "a whole number of at least 2": lambda x: x >= 2 and x % 1 == 0,
+    "a whole number of at least 0": lambda x: x >= 0 and x % 1 == 0,
     NOT_NEGATIVE: lambda x: 0 <= x < math.inf,
     FRACTION: lambda x: 0 <= x <= 1,
     "a number between 0 and 1, both excluded": lambda x: 0 < x < 1,
@@ -188,10 +190,10 @@ def backbone_and_context(model, tokens):
 def backbone_gradients(model, tokens, hidden, context, d_hidden):
     """Gradients of a loss with respect to embed and mix, given d_hidden = d loss / d hidden (B, S, D)."""
     width = hidden.shape[-1]
-    d_sum = d_hidden * (1 - hidden**2)  # through tanh
-    d_mix = context.reshape(-1, width).T @ d_sum.reshape(-1, width)  # (D, B * S) @ (B * S, D)
-    d_context = d_sum @ model["mix"].T / root_positions(hidden)
-    d_x = d_sum + np.cumsum(d_context[:, ::-1], axis=1)[:, ::-1]  # x[t] is in the context of every later position
+    d_before = d_hidden * (1 - hidden**2)  # through tanh
+    d_mix = context.reshape(-1, width).T @ d_before.reshape(-1, width)  # (D, B * S) @ (B * S, D)
+    d_running = d_before @ model["mix"].T / root_positions(hidden)  # through mix and the root, to the running sum
+    d_x = d_before + np.cumsum(d_running[:, ::-1], axis=1)[:, ::-1]  # x[t] is in that of every later position
     # one token's rows of d_x are added up; sorted first, because np.add.at is slow
     order = np.argsort(tokens, axis=None, kind="stable")
     used, first = np.unique(tokens.ravel()[order], return_index=True)
@@ -215,8 +217,8 @@ def response_states(model, prompts, responses):
 
 def row_slices(rows, vocab_size):
     """Slices of about equal size over the rows of an (N, V) matrix, each of at most SLICE numbers or one row."""
-    most = max(1, SLICE // vocab_size)
-    step = rows // (rows // most + 1) + 1
+    count = max(1, math.ceil(rows / max(1, SLICE // vocab_size)))
+    step = max(1, math.ceil(rows / count))
     return [slice(start, min(start + step, rows)) for start in range(0, rows or 1, step)]
 
 
@@ -242,7 +244,7 @@ def safe_to_exp(logits):
 
 
 def exp_and_logprobs(logits, tokens):
-    """Softmax in parts, in the place of logits, whose values are lost.
+    """Softmax in parts. Mostly works in the place of logits: their values are lost.
 
     logits (n, V), tokens (n,). Returns (exps, sums, logprobs): exps (n, V), its rows not yet divided
     by their sums (n,); logprobs (n,) are those of tokens, in nats.
@@ -315,7 +317,7 @@ def sample_tokens(logits, rng):
     rows, vocab_size = np.arange(len(logits)), logits.shape[1]
     logits = safe_to_exp(logits)
     exps = np.exp(logits)
-    weights, first, share = exps, 0, 1 - rng.random(len(logits))
+    weights, first, share = exps, 0, 1 - rng.random(len(logits))  # in (0, 1], so that a weight of 0 is never drawn
     if vocab_size > BLOCK:  # a running sum over all of V would be the slowest part of generation
         starts = np.arange(0, vocab_size, BLOCK)
         block, share = invert_cumulative(np.add.reduceat(exps, starts, axis=1), share)
@@ -335,7 +337,8 @@ def invert_cumulative(weights, share):
     cumulative = np.cumsum(weights, axis=1, dtype=np.float64)  # in float32 the tail would be lost
     threshold = share * cumulative[:, -1]
     index = np.argmax(cumulative >= threshold[:, None], axis=1)  # the first
-    return index, np.minimum(1 - (cumulative[rows, index] - threshold) / weights[rows, index], 1)
+    # rounding must not make it 0, which would draw a weight of 0
+    return index, np.maximum(1 - (cumulative[rows, index] - threshold) / weights[rows, index], 1e-300)
 
 
 # ANCHOR: score_responses
@@ -500,7 +503,7 @@ def ppo_loss(new_logprobs, old_logprobs, advantages, mask, clip):
 
     ratio = exp(new - old)
     loss = mean over real tokens of -min(ratio * A, clip(ratio, 1 - clip, 1 + clip) * A)
-    d loss / d new = -ratio * A / n where the first of the two is the smaller, else 0
+    d loss / d new = -ratio * A / n where the first of the two is not the larger, else 0
 
     The minimum takes away the gain, and so the gradient, of moving the ratio past the clip.
     All (B, T), log probabilities in nats. Returns (loss, d_loss/d_new_logprobs, ratio): scalar, (B, T),
@@ -564,10 +567,10 @@ def actor_gradients(actor, prompts, responses, old_logprobs, advantages, mask, c
         exps, sums, new_logprobs = exp_and_logprobs(logits, tokens[rows])
         ones = np.ones_like(new_logprobs)
         mean, d_mean, ratio[rows] = ppo_loss(new_logprobs, old_logprobs[rows], advantages[rows], ones, clip)
-        share = len(ones) / len(tokens)  # the loss is a mean over all rows, ppo_loss saw these
-        loss += share * mean
+        part = len(ones) / len(tokens)  # the loss is a mean over all rows, ppo_loss saw these
+        loss += part * mean
         exps[np.arange(len(sums)), tokens[rows]] -= sums  # now -(one-hot - softmax) * sums
-        scale = (share * d_mean / sums)[:, None]  # (n, 1), small: the (n, V) matrix is never scaled itself
+        scale = (part * d_mean / sums)[:, None]  # (n, 1), small: the (n, V) matrix is never scaled itself
         d_head -= (states[rows] * scale).T @ exps  # (D, n) @ (n, V)
         d_states[rows] = -scale * (exps @ head.T)  # (n, V) @ (V, D)
     d_hidden, all_ratios = np.zeros_like(hidden), np.zeros(mask.shape, dtype=ratio.dtype)
@@ -613,6 +616,9 @@ def adam_step(params, gradients, state, learning_rate):
     state starts as {} and holds t, m and v. Raises ValueError for shapes that differ.
     Source: Kingma & Ba 2015, algorithm 1.
     """
+    for name, gradient in gradients.items():
+        if gradient.shape != params[name].shape:
+            raise ValueError(f"gradients: {name} has shape {gradient.shape}, its parameter {params[name].shape}")
     if not state:
         state.update(t=0, m={}, v={})
         for name, param in params.items():
@@ -620,8 +626,6 @@ def adam_step(params, gradients, state, learning_rate):
     state["t"] += 1
     rate, v_scale = learning_rate / (1 - 0.9 ** state["t"]), 1 - 0.999 ** state["t"]
     for name, gradient in gradients.items():
-        if gradient.shape != params[name].shape:
-            raise ValueError(f"gradients: {name} has shape {gradient.shape}, its parameter {params[name].shape}")
         every = [np.atleast_1d(x) for x in (params[name], gradient, state["m"][name], state["v"][name])]
         step = max(1, 32768 * len(every[0]) // max(1, gradient.size))
         for start in range(0, len(every[0]), step):  # in blocks that stay in the processor's cache
@@ -640,7 +644,7 @@ def exact_kl(logits, logprobs, reference, ref_logprobs, prompts, responses):
     For the walk-through only: training samples one token where this needs V. With log p(v) = logits[v] - log Z,
     and the same for q, it is E_p[logits] - log Z - E_p[ref_logits] + log Z_ref. Both log Z follow from the
     sampled token, and E_p[ref_logits] = state · Σ p(v) head[:, v], so that no second (N, V) matrix is needed.
-    logits (B, T, V), logprobs and ref_logprobs (B, T). Returns (B, T) in nats, padding not masked.
+    logits (B, T, V), logprobs and ref_logprobs (B, T). Returns (B, T) in nats, without meaning at padding.
     """
     states, head = response_states(reference, prompts, responses), reference["head"]
     log_z = np.take_along_axis(logits, responses[..., None], axis=2)[..., 0] - logprobs  # (B, T, V) -> (B, T)
@@ -771,7 +775,7 @@ def passes(config):
 
 
 def step_metrics(data, config, step):
-    """What one step of training is judged by, under TRL's names; data holds the step's arrays.
+    """What one step of training is judged by, under TRL's names where it has one; data holds the step's arrays.
 
     Sums over a response are averaged over the batch; policy/, loss/ and val/ratio over the epochs' real tokens.
     """
@@ -810,10 +814,13 @@ THEORY_PROMPTS, THEORY_RESPONSES = 32, 128  # for each policy; more no longer ch
 
 
 def theory_is_cheap(config):
-    """Whether attainable_gain takes a small share of the training, or hardly any time at all."""
-    passes = 3 * 2 * THEORY_PROMPTS * THEORY_RESPONSES  # a sampling and two evaluations of each response
-    per_pass = (config.prompt_length + config.response_length) * config.width * (config.width + config.vocab_size)
-    return passes * per_pass < 2e9 or passes < 0.2 * config.steps * config.batch_size * (3 + 4 * config.ppo_epochs)
+    """Whether attainable_gain takes at most a fifth of the training, or a second or so, counted in forward passes."""
+    theory = 3 * 2 * THEORY_PROMPTS * THEORY_RESPONSES  # a sampling and two evaluations of each response
+    training = config.steps * config.batch_size * (3 + 4 * config.ppo_epochs)  # backward passes cost some two
+    multiplications = (
+        (config.prompt_length + config.response_length) * config.width * (config.width + config.vocab_size)
+    )
+    return theory * multiplications < 2e9 or theory < 0.2 * training
 
 
 def attainable_gain(actor, reference, reward_model, config, rng):
@@ -988,7 +995,7 @@ def show_kl(console, data, config):
     say(console, f"  KL divergence per token: {kl.shape}", preview(kl, mask))
     mean, error, exact = (fixed(data[name], 3) for name in ("mean_kl", "kl_error", "mean_exact_kl"))
     say(console, f"  Mean KL: {mean}", f"± {error} nats per token, by {config.kl_estimator}")
-    say(console, f"  Exact KL: {exact}", f"nats per token, over all {config.vocab_size} words", "dim")
+    say(console, f"  Exact KL: {exact}", f"nats per token, over all {config.vocab_size} tokens", "dim")
     explain(
         console,
         f"Why k1 = log p_actor - log p_reference is negative on {data['negative_fraction']:.0%} of the tokens: it",
@@ -1068,7 +1075,11 @@ def show_costs(console, models, config, sizes):
     largest = sorted(sizes, key=lambda item: -item[2])[:5]
     rows = [(name, str(shape), megabytes(size), "") for name, shape, size in largest]
     show_table(console, ["largest tensors", "shape", "memory", ""], rows)
-    explain(console, "forward, backward: passes over the batch; the actor's first is generation")
+    explain(
+        console,
+        "forward, backward: passes over the batch; the actor's first is generation;",
+        "not among the tensors: Adam's m and v, and what a step needs in passing",
+    )
 
 
 def show_response(console, data, config, row, every_token):
@@ -1112,9 +1123,9 @@ def show_checkpoint(console, step, metrics, response, config):
     say(console, CHECKPOINT.format(step, *numbers, token_text(response, config)))
 
 
-def sparkline(values, width=28):
+def sparkline(values):
     """A row of bars, each the mean of an equal share of the values; a gap where that is not finite."""
-    means = np.array([part.mean() for part in np.array_split(values, min(width, len(values)))])
+    means = np.array([part.mean() for part in np.array_split(values, min(28, len(values)))])
     finite = np.isfinite(means)
     low, high = means.min(initial=np.inf, where=finite), means.max(initial=-np.inf, where=finite)
     levels = np.where(finite, means - low, 0) / ((high - low) or 1) * (len(BARS) - 1)
@@ -1266,16 +1277,16 @@ def parse_arguments(argv):
         description="The complete RLHF-PPO training loop, with real numbers: one step shown in full, or training.",
     )
     parser.add_argument("--preset", choices=PRESETS, action=Once, help="sizes to start from; explicit flags win")
-    for setting in fields(Config):
-        kind = {"int": int, "float": float, "str": str}[setting.type]
-        meaning, allowed = setting.metadata["meaning"], setting.metadata["allowed"]
+    for each in fields(Config):
+        kind = {"int": int, "float": float, "str": str}[each.type]
+        meaning, allowed = each.metadata["meaning"], each.metadata["allowed"]
         parser.add_argument(
-            flag(setting.name),
+            flag(each.name),
             type=reader(kind, allowed),
             action=Once,
-            nargs="+" if setting.name == "beta" else None,
-            metavar=setting.name.rsplit("_")[-1].upper(),
-            help=f"{meaning}; {allowed}; default {setting.default}",
+            nargs="+" if each.name == "beta" else None,
+            metavar=each.name.rsplit("_")[-1].upper(),
+            help=f"{meaning}; {allowed}; default {each.default}",
         )
     whole = reader(int, "a whole number of at least 0")
     parser.add_argument("--inspect", type=whole, action=Once, metavar="ROW", help="show a response token by token")
@@ -1289,7 +1300,7 @@ def parse_arguments(argv):
 
 def protect(text):
     """A space before a negative number, so that argparse does not take -1e-3 or -inf for a flag."""
-    return f" {text}" if re.match(r"-(\.?\d|inf|nan)", text) else text
+    return f" {text}" if re.fullmatch(r"-(inf|nan|\.?\d[\d.e+-]*)", text, re.IGNORECASE) else text
 
 
 def make_configs(options):
@@ -1311,7 +1322,7 @@ def check_options(options, configs):
         raise UserError("--beta: several values are for training, which --steps N (N above 1) asks for")
     if options.inspect is not None and training:
         raise UserError("--inspect: shows a response of the walk-through, which --steps above 1 replaces")
-    if options.inspect is not None and not 0 <= options.inspect < config.batch_size:
+    if options.inspect is not None and options.inspect >= config.batch_size:
         raise UserError(f"--inspect: row {options.inspect} does not exist, rows go from 0 to {config.batch_size - 1}")
     if options.inspect_all and options.inspect is None:
         raise UserError("--inspect-all: needs --inspect ROW")
@@ -1369,12 +1380,12 @@ def memory_needed(config):
         "--batch-size, --prompt-length, --response-length or --width": 4 * hidden,
         "--batch-size, --response-length or --ppo-epochs": 4 * tokens,
         "--batch-size, --response-length or --vocab-size": 4 * logits,
-        "--steps": 1000 * config.steps,
+        "--steps": 1200 * config.steps,
     }
 
 
 def memory_available():
-    """Bytes of memory that are free; where the system does not tell, more than any machine has."""
+    """Bytes of memory that are free; infinity where the system does not tell."""
     try:
         return 1024 * int(re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(encoding="ascii"))[1])
     except (OSError, TypeError):
@@ -1382,7 +1393,7 @@ def memory_available():
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, OSError, ValueError):
-        return 10**12
+        return math.inf
 
 
 def check_memory(config):
@@ -1403,7 +1414,7 @@ def gigabytes(size):
 
 def run_walk_through(console, options, config, kept):
     """Show one step; kept collects the arrays for --save."""
-    rng = np.random.default_rng(config.seed)
+    rng = default_rng(config.seed)
     models, sizes = init_models(config, rng), []
     say(console, "=== RLHF Training Loop Demo ===", style="bold")
     console.print()
@@ -1442,22 +1453,21 @@ def check_finite(step, config, *losses):
 
 
 def run_training(console, config, history):
-    """Train at one beta and show the checkpoints; history collects each metric's values so far.
+    """Train at one beta and show the checkpoints; history collects the metrics of each step.
 
-    Returns (what attainable_gain says, or None where that would cost too much, the last response).
+    Returns (gain, response): what attainable_gain says, None where that would cost too much; the last response.
     """
-    rng = np.random.default_rng(config.seed)
+    rng = default_rng(config.seed)
     models = init_models(config, rng)
     say(console, f"=== RLHF Training, β = {config.beta:g} ===", style="bold")
-    say(console, f"  {config.steps} steps of {config.batch_size} responses; all numbers are means per response")
+    say(console, f"  {config.steps} steps of {config.batch_size} responses; means per response, clipped: of the tokens")
     console.print()
     show_checkpoint_header(console)
     checkpoints = np.linspace(1, config.steps, min(11, config.steps)).round()
     with progress_bar(console) as progress:
         task = progress.add_task("", total=config.steps)
         for step, (metrics, response) in enumerate(train(models, config, rng), start=1):
-            for name, value in metrics.items():
-                history.setdefault(name, []).append(float(value))
+            history.append(metrics)
             check_finite(step, config, metrics["loss/policy_avg"], metrics["loss/value_avg"])
             score, kl = metrics["objective/scores"], metrics["objective/kl"]
             progress.update(task, advance=1, description=f"step {step}: score {score:.3f}, KL {kl:.2f}")
@@ -1467,26 +1477,24 @@ def run_training(console, config, history):
                 progress.start()
     if not theory_is_cheap(config):
         return None, response
-    rng = np.random.default_rng([config.seed, 1])  # so that theory and training do not disturb each other
+    rng = default_rng([config.seed, 1])  # so that theory and training do not disturb each other
     return attainable_gain(models.actor, models.reference, models.reward_model, config, rng), response
 
 
 def run_trainings(console, configs, kept):
     """Train at each beta and compare; kept collects the metrics for --save, complete or not."""
-    histories, gains, rows = [], [], []
+    histories, gains, rows = [[] for _ in configs], [], []
     try:
-        for config in configs:
-            histories.append({})
-            gain, response = run_training(console, config, histories[-1])
+        for config, history in zip(configs, histories):
+            gain, response = run_training(console, config, history)
             gains.append(gain or {})
             if gain is None:
-                last = {name: values[-1] for name, values in histories[-1].items()}
-                score, kl, total = (last[f"objective/{name}"] for name in ("scores", "kl", "rlhf_reward"))
+                score, kl, total = (history[-1][f"objective/{name}"] for name in ("scores", "kl", "rlhf_reward"))
                 gain = {"score": score, "kl": kl, "J": total, "share": math.nan}
             rows.append((config.beta, gain, token_text(response, config)))
             console.print()
             if len(configs) == 1:
-                show_metrics(console, {name: np.array(values) for name, values in histories[0].items()})
+                show_metrics(console, join_histories(histories, [], configs))
                 if gains[0]:
                     show_theory(console, gain, config)
                 else:
@@ -1498,17 +1506,15 @@ def run_trainings(console, configs, kept):
 
 
 def join_histories(histories, gains, configs):
-    """Metrics as arrays: (steps,) for one beta, (betas, steps) for several, NaN where a run did not get."""
-    joined = {}
-    for name in histories[0]:
-        values = np.full((len(configs), configs[0].steps), np.nan)
-        for row, history in zip(values, histories):
-            row[: len(history.get(name, ()))] = history.get(name, ())
-        joined[name] = values if len(configs) > 1 else values[0, : len(histories[0][name])]
+    """Metrics as arrays: (steps,) for one beta, (betas, steps) for several, NaN where a run did not get to."""
+    several, joined = len(configs) > 1, {}
+    steps = configs[0].steps if several else len(histories[0])
+    for name in histories[0][0] if histories[0] else ():
+        rows = [[metrics[name] for metrics in history] + [np.nan] * (steps - len(history)) for history in histories]
+        joined[name] = np.array(rows, dtype=np.float64)
     for name in gains[0] if gains else ():
-        values = np.array([gain[name] for gain in gains] + [np.nan] * (len(configs) - len(gains)))
-        joined[f"theory/{name}"] = values if len(configs) > 1 else values[0]
-    return joined
+        joined[f"theory/{name}"] = np.array([gain[name] for gain in gains] + [np.nan] * (len(configs) - len(gains)))
+    return joined if several else {name: values[0] for name, values in joined.items()}
 
 
 def run(options):
@@ -1543,6 +1549,8 @@ def work(console, options, configs, kept):
     except OSError as problem:  # the output is full
         silence(sys.stdout)
         return complain(problem)
+    except MemoryError as problem:
+        return complain(str(problem) or "not enough memory")
     return 0
 
 
@@ -1565,10 +1573,10 @@ def write_results(console, options, configs, kept):
     return code
 
 
-def complain(problem):
-    """One sentence on stderr. Returns the exit code 1."""
+def complain(problem, code=1):
+    """One sentence on stderr. Returns the exit code."""
     print(f"rlhf_loop_pseudo.py: {problem}", file=sys.stderr)
-    return 1
+    return code
 
 
 def interrupt_once(*_):
@@ -1590,7 +1598,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         return 130
     except UserError as problem:
-        return 1 + complain(problem)
+        return complain(problem, code=2)
     except (OSError, MemoryError) as problem:
         return complain(str(problem) or "not enough memory")
 

@@ -4,8 +4,8 @@
     python tests/benchmark.py --torch    and against the same steps in PyTorch (CPU, eager)
 
 A ratio is the median over rounds in which what is compared takes turns, after a warm-up: it carries over
-to other machines, where a time in seconds would not. Both sides have one thread, as the module gives
-itself; OPENBLAS_NUM_THREADS=2 gives both two. Sizes are the module's defaults unless a row names others.
+to other machines, where a time in seconds would not. Whole processes run as they are; in the other rows both
+sides have one thread, or OPENBLAS_NUM_THREADS=2 gives both two. Sizes are the defaults unless a row names others.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import sys
 import time
 from pathlib import Path
 
+CHILDREN = dict(os.environ)  # whole processes choose their own number of threads
 THREADS = os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy, which reads it once
 
 import numpy as np
@@ -51,12 +52,13 @@ def ratios(rounds, base, *actions):
 
 def child(*arguments):
     """A function that runs python with these arguments, its output thrown away."""
-    return lambda: subprocess.run([sys.executable, *arguments], stdout=subprocess.DEVNULL, check=True)
+    return lambda: subprocess.run([sys.executable, *arguments], stdout=subprocess.DEVNULL, env=CHILDREN, check=True)
 
 
 def peak(*arguments):
     """Peak memory in MB of the module run with these arguments; it hardly varies, so one run is enough."""
-    return float(subprocess.check_output([sys.executable, "-c", PEAK, sys.executable, str(SCRIPT), *arguments]))
+    command = [sys.executable, "-c", PEAK, sys.executable, str(SCRIPT), *arguments]
+    return float(subprocess.check_output(command, env=CHILDREN))
 
 
 def show(name, limit, aim, measured, unit="x"):

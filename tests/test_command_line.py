@@ -137,21 +137,23 @@ def test_memory_where_the_system_does_not_tell(monkeypatch):
     monkeypatch.setattr(loop.Path, "read_text", lambda self: "")
     assert 10**8 < loop.memory_available() < 10**14
     monkeypatch.delattr(loop.os, "sysconf", raising=False)
-    assert loop.memory_available() == 10**12
+    assert loop.memory_available() == np.inf
 
 
-def test_out_of_memory_all_the_same(monkeypatch, capsys):
+def test_out_of_memory_all_the_same(tmp_path, monkeypatch, capsys):
     def full(*_):
         raise MemoryError
 
-    monkeypatch.setattr(loop, "init_models", full)
-    assert loop.main(FAST) == 1
+    monkeypatch.setattr(loop, "adam_step", full)
+    assert loop.main([*FAST, "--save", str(tmp_path / "a.npz")]) == 1
     assert capsys.readouterr().err == "rlhf_loop_pseudo.py: not enough memory\n"
+    assert "whitened" in np.load(tmp_path / "a.npz")  # what there was is kept
 
 
 def test_a_config_refuses_what_the_command_line_refuses():
-    with pytest.raises(ValueError, match="batch_size: 0 is not a whole number of at least 1"):
-        loop.Config(batch_size=0)
+    for value in (0, 2.5, np.nan, np.inf):
+        with pytest.raises(ValueError, match=f"batch_size: {value} is not a whole number of at least 1"):
+            loop.Config(batch_size=value)
 
 
 EDGES = {
@@ -286,6 +288,13 @@ def test_an_unwritable_folder_is_refused_before_any_work(tmp_path, monkeypatch, 
     monkeypatch.setattr("builtins.open", locked)
     assert loop.main([*FAST, "--save", str(tmp_path / "x.npz")]) == 2
     assert re.search("--save: cannot write .*Permission denied", capsys.readouterr().err)
+
+
+def test_a_file_that_looks_like_a_negative_number_keeps_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert loop.main([*FAST, "--save", "-1.npz"]) == 2  # a flag, for argparse
+    assert loop.main([*FAST, "--save=-1.npz"]) == 0
+    assert os.listdir() == ["-1.npz"]
 
 
 def test_negative_numbers_are_read_as_numbers(capsys):

@@ -156,6 +156,13 @@ def test_token_logprobs_in_slices_of_any_size(batch, size):
         assert logprobs[b, t] == pytest.approx(expected, rel=1e-9, abs=1e-12)
 
 
+def test_a_share_is_never_rounded_to_zero():
+    weights = np.array([[2.0**-10, 1 - 2.0**-10]])
+    index, share = loop.invert_cumulative(weights, np.nextafter(weights[:, 0], 1))  # just past the first
+    assert index == 1 and 0 < share < 1e-9
+    assert loop.invert_cumulative(np.array([[0.0, 1.0]]), share)[0] == 1
+
+
 @quick
 @given(st.integers(0, 60), st.integers(1, 20), st.integers(1, 30))
 def test_row_slices_are_even_and_never_too_large(rows, vocab_size, size):
@@ -166,7 +173,8 @@ def test_row_slices_are_even_and_never_too_large(rows, vocab_size, size):
     assert [row for part in slices for row in range(part.start, part.stop)] == list(range(rows))
     assert max(lengths) * vocab_size <= max(size, vocab_size)
     assert len(slices) == 1 or min(lengths) > 0
-    assert len(slices) <= rows // max(1, size // vocab_size) + 1
+    assert len(slices) <= max(1, -(-rows // max(1, size // vocab_size)))  # no more than it takes
+    assert len(set(lengths[:-1])) <= 1 and lengths[0] == -(-rows // -(-rows // lengths[0])) if rows else True
 
 
 @quick
@@ -376,7 +384,8 @@ def test_adam_takes_parameters_of_any_shape():
     assert params["scalar"] == pytest.approx(0.9)
     np.testing.assert_allclose(params["turned"], 0.9)
     with pytest.raises(ValueError, match="gradients: scalar"):
-        loop.adam_step(params, {"scalar": np.ones(2)}, {}, 0.1)
+        loop.adam_step(params, {"turned": np.ones((2, 3)), "scalar": np.ones(2)}, {}, 0.1)
+    np.testing.assert_allclose(params["turned"], 0.9)  # refused before anything moves
 
 
 def test_a_ratio_that_overflows_costs_nothing_at_padding():
