@@ -301,7 +301,7 @@ def generate(actor, prompts, response_length, rng, eos_token, keep_logits=True):
         token, logprob = sample_tokens(token_logits, rng)  # (B, V) -> (B,)
         token = np.where(running, token, eos_token)
         responses[:, t], mask[:, t], logprobs[:, t] = token, running, np.where(running, logprob, 0)
-        running &= token != eos_token
+        running = token != eos_token
         context_sum = context_sum + embed[token]
     return responses, mask, logprobs, logits
 
@@ -656,7 +656,7 @@ def exact_kl(logits, logprobs, reference, ref_logprobs, prompts, responses):
         kl[row] += np.einsum("tv,tv->t", probs, logits[row])
         kl[row] -= np.einsum("td,td->t", probs @ head.T, states[row])
         del probs  # so that the next row's take its place
-    return kl
+    return np.maximum(kl, 0)  # less is rounding
 
 
 # ------------------------------------------------------------------ 5. the loop

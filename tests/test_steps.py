@@ -156,6 +156,11 @@ def test_token_logprobs_in_slices_of_any_size(batch, size):
         assert logprobs[b, t] == pytest.approx(expected, rel=1e-9, abs=1e-12)
 
 
+def test_a_small_weight_after_a_large_one_is_found():
+    weights = np.array([[2.0**24, 1, 1]], dtype=np.float32)  # in float32 their sum would stay 2**24
+    assert loop.invert_cumulative(weights, np.ones(1))[0] == 2
+
+
 def test_a_share_is_never_rounded_to_zero():
     weights = np.array([[2.0**-10, 1 - 2.0**-10]])
     index, share = loop.invert_cumulative(weights, np.nextafter(weights[:, 0], 1))  # just past the first
@@ -186,6 +191,7 @@ def test_exact_kl(batch):
     logprobs, ref_logprobs = (loop.token_logprobs(model, *arguments) for model in (batch.model, other))
     read_only(logits, logprobs, ref_logprobs)
     kl = loop.exact_kl(logits, logprobs, other, ref_logprobs, *arguments)
+    assert (kl >= 0).all() and (loop.exact_kl(logits, logprobs, batch.model, logprobs, *arguments) >= 0).all()
     for b, t in real(np.ones_like(batch.mask)):
         p, q = (slow_logprobs(model, batch.sequence(b, t)) for model in (batch.model, other))
         assert kl[b, t] == pytest.approx(sum(np.exp(p[v]) * (p[v] - q[v]) for v in range(len(p))), rel=1e-6, abs=1e-9)
@@ -374,8 +380,11 @@ def test_the_dtype_is_kept(dtype, mask_type):
 def test_whole_numbers_are_not_rounded_down():
     whole, mask = np.zeros((1, 3), dtype=int), np.ones((1, 3), dtype=int)
     assert loop.shape_rewards(np.array([0.7]), whole, mask, 0.1)[0, 2] == 0.7
+    assert loop.shape_rewards(np.array([1]), np.full((1, 3), 0.5), mask, 1.0).tolist() == [[-0.5, -0.5, 0.5]]
     advantages, _ = loop.gae(np.array([[0, 0, 0.7]]), whole, mask, 1.0, 1.0)
     np.testing.assert_allclose(advantages, [[0.7, 0.7, 0.7]])
+    advantages, _ = loop.gae(whole, np.full((1, 3), 0.5), mask, 1.0, 0.0)
+    np.testing.assert_allclose(advantages, [[0, 0, -0.5]])
 
 
 def test_adam_takes_parameters_of_any_shape():

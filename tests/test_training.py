@@ -79,6 +79,26 @@ def test_initial_weights_have_the_stated_deviation():
         assert model[name].mean() == pytest.approx(0, abs=0.02 * deviation + 0.005)
 
 
+def test_the_four_models_start_as_stated():
+    config = loop.Config(vocab_size=500, width=100, drift=0.5)
+    models, _ = start(config)
+    assert models.reward_model["head"].shape == models.critic["head"].shape == (100, 1)
+    shift = models.actor["head"] - models.reference["head"]
+    for weights, deviation in (
+        (models.reference["head"], 0.2),
+        (shift, 0.1),
+        (models.reward_model["head"], 0.3),
+        (models.critic["head"], 0.05),
+    ):
+        assert weights.std() == pytest.approx(deviation, rel=0.15)
+    # a model's plain head has deviation 1 / sqrt(width), and the actor moves by + drift * a second draw
+    rng = np.random.default_rng(config.seed)
+    assert loop.init_model(rng, 500, 100, 500)["head"].std() == pytest.approx(0.1, rel=0.03)
+    noise = loop.init_model(rng, 500, 100, 500, scale=2.0)["head"]
+    np.testing.assert_allclose(shift, 0.5 * noise, atol=1e-6)
+    assert loop.init_head(rng, 100, 500).std() == pytest.approx(0.1, rel=0.03)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_the_ratio_is_one_in_the_first_epoch_and_leaves_it(seed):
     data, _ = walk(replace(SMALL, seed=seed))
@@ -201,9 +221,10 @@ def test_metrics_are_those_of_their_names(monkeypatch):
     config, models, rng = replace(SMALL, steps=2, beta=0.3), *start(replace(SMALL, steps=2))
     seen, original = [], loop.step_metrics
     monkeypatch.setattr(loop, "step_metrics", lambda data, *rest: seen.append(data) or original(data, *rest))
-    history = [metrics for metrics, _ in loop.train(models, config, rng)]
-    for step, (data, metrics) in enumerate(zip(seen, history)):
+    history = list(loop.train(models, config, rng))
+    for step, (data, (metrics, response)) in enumerate(zip(seen, history)):
         mask = data["mask"] == 1
+        assert response.tolist() == data["responses"][0, : mask[0].sum()].tolist()
         kl, score = data["kl"].sum(axis=1).mean(), data["scores"].mean()
         assert data["logits"] is None
         expected = {
