@@ -39,13 +39,16 @@ if __name__ == "__main__":
 
 import argparse
 import codecs
+import contextlib
 import json
 import math
 import os
 import re
 import shutil
 import signal
+import stat
 import sys
+import threading
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import NamedTuple
@@ -426,7 +429,7 @@ def shape_rewards(scores, kl, mask, beta):
     lengths = np.count_nonzero(mask, axis=1)
     if not lengths.all():
         raise ValueError("mask: a row without a real token has no place for its score")
-    rewards = np.zeros(kl.shape, dtype=np.result_type(scores, kl))
+    rewards = np.zeros(kl.shape, dtype=scores.dtype)
     rewards[np.arange(len(lengths)), lengths - 1] = scores
     return np.where(mask, rewards - float(beta) * kl, 0)
 
@@ -852,7 +855,7 @@ def attainable_gain(actor, reference, reward_model, config, rng):
         kl = np.exp(of_actor) @ (of_actor - of_reference)
         best = scores.max()
         if config.beta:
-            best = config.beta * np.logaddexp.reduce(scores / config.beta + of_reference)
+            best += config.beta * np.logaddexp.reduce((scores - best) / config.beta + of_reference)
         rows.append((start, score, kl, best))
     start, score, kl, best = np.mean(rows, axis=0)
     objective = score - config.beta * kl
@@ -881,8 +884,9 @@ class Screen(Console):
 
 
 def silence(stream):
-    """Let a stream that can no longer be written to end in the null device."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    """Let a stream that can no longer be written to end in the null device; one that is no file is left alone."""
+    with contextlib.suppress(AttributeError, OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def spell_out(error):
@@ -1151,7 +1155,7 @@ def show_theory(console, gain, config):
 
 def share_text(share):
     """A share in percent; a dash where theory was left out, and for a loss its sign, as its size says nothing."""
-    return "-" if math.isnan(share) else "none" if share < 0 else f"{share:.0%}"
+    return "-" if math.isnan(share) else "none" if share < 0 else f"{share + 0.0:.0%}"
 
 
 def show_comparison(console, rows):
@@ -1169,7 +1173,7 @@ def progress_bar(console):
     """Live figures at the bottom of a terminal; nothing elsewhere, and never in an export."""
     from rich.progress import BarColumn, Progress, TextColumn  # only training pays for this import
 
-    silent = not console.is_terminal or console.is_dumb_terminal
+    silent = not console.file.isatty() or console.is_dumb_terminal  # is_terminal may have been forced on a pipe
     columns = TextColumn("{task.description}"), BarColumn()
     return Progress(*columns, console=Console(quiet=silent), transient=True, disable=silent)
 
@@ -1192,7 +1196,7 @@ def show_source(name):
     if console.is_terminal:
         from rich.syntax import Syntax  # only a terminal pays for this import
 
-        console.print(Syntax(text, "python", background_color="default"))
+        console.print(Syntax("", "python", background_color="default").highlight(text), soft_wrap=True)
     else:
         say(console, text)
 
@@ -1200,7 +1204,7 @@ def show_source(name):
 def export(console, path):
     """Write what was shown to path, in the format of its suffix."""
     text = console.export_text(clear=False)
-    console.width = max(80, *map(len, text.splitlines()))
+    console.width = max([80, *map(len, text.splitlines())])
     if path.suffix == ".svg":
         text = console.export_svg(title="rlhf_loop_pseudo", clear=False)
     elif path.suffix == ".html":
@@ -1278,7 +1282,7 @@ def parse_arguments(argv):
     )
     parser.add_argument("--preset", choices=PRESETS, action=Once, help="sizes to start from; explicit flags win")
     for each in fields(Config):
-        kind = {"int": int, "float": float, "str": str}[each.type]
+        kind = {"int": int, "float": float, "str": str.strip}[each.type]
         meaning, allowed = each.metadata["meaning"], each.metadata["allowed"]
         parser.add_argument(
             flag(each.name),
@@ -1332,22 +1336,24 @@ def check_options(options, configs):
         raise UserError("--pause: waits for Enter, and there is no terminal to press it in")
     for name, suffixes in (("save", (".npz",)), ("export", EXPORTS)):
         if getattr(options, name) is not None:
-            check_output(flag(name), Path(getattr(options, name)), suffixes)
+            check_output(flag(name), getattr(options, name), suffixes)
     check_memory(config)
 
 
-def check_output(name, path, suffixes):
+def check_output(name, given, suffixes):
     """Refuse a file that could not be written later, by writing beside it now. Raises UserError."""
-    if path.suffix not in suffixes:
-        raise UserError(f"{name}: {str(path)!r} must end in {' or '.join(suffixes)}")
-    if path.exists() and not path.is_file():
-        raise UserError(f"{name}: {str(path)!r} is there and is no ordinary file")
-    if not path.parent.is_dir():
-        raise UserError(f"{name}: the folder {str(path.parent)!r} does not exist")
+    if Path(given).suffix not in suffixes:
+        raise UserError(f"{name}: {given!r} is no file name that ends in {' or '.join(suffixes)}")
+    path = Path(os.path.realpath(given))
     try:
+        with contextlib.suppress(FileNotFoundError):
+            if not stat.S_ISREG(os.stat(path).st_mode):
+                raise UserError(f"{name}: {given!r} is there and is no ordinary file")
+        if not path.parent.is_dir():
+            raise UserError(f"{name}: the folder {str(path.parent)!r} does not exist")
         write_whole(path, None)
     except OSError as error:
-        raise UserError(f"{name}: cannot write to the folder {str(path.parent)!r} ({error.strerror})") from None
+        raise UserError(f"{name}: cannot write {given[:80]!r} ({error.strerror})") from None
 
 
 def write_whole(path, write):
@@ -1356,7 +1362,7 @@ def write_whole(path, write):
     With None for write it only tries to make that new file. Raises OSError.
     """
     path = Path(os.path.realpath(path))
-    partial = path.with_name(f".{os.getpid()}.partial")
+    partial = path.with_name(f".{os.urandom(8).hex()}.partial")
     try:
         with open(partial, "xb") as file:
             if write:
@@ -1436,9 +1442,8 @@ def run_walk_through(console, options, config, kept):
 
 def wait_for_enter(console):
     """Stop until Enter is pressed; the end of the input counts as that."""
-    try:
-        input("  [Enter] ")
-    except EOFError:
+    print("  [Enter] ", end="", flush=True)
+    if not sys.stdin.buffer.readline():
         console.print()
     console.print()
 
@@ -1500,7 +1505,8 @@ def run_trainings(console, configs, kept):
                 else:
                     explain(console, "", "No comparison with theory: at these sizes it would cost more than it tells.")
     finally:
-        kept.update(join_histories(histories, gains, configs))
+        with uninterrupted():
+            kept.update(join_histories(histories, gains, configs))
     if len(configs) > 1:
         show_comparison(console, rows)
 
@@ -1520,17 +1526,34 @@ def join_histories(histories, gains, configs):
 def run(options):
     """Do what the command line asks for. Returns the exit code; raises UserError."""
     if options.show is not None:
+        for name, value in vars(options).items():
+            if name != "show" and value is not None and value is not False:
+                raise UserError(f"--show: prints a function and nothing else, {flag(name)} has no place beside it")
         show_source(options.show)
         return 0
     configs = make_configs(options)
     check_options(options, configs)
     console, kept = Screen(record=options.export is not None), {}
-    code = work(console, options, configs, kept)
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C must not lose what is being saved
+    code = 130
     try:
-        return max(code, write_results(console, options, configs, kept))
+        code = work(console, options, configs, kept)
     finally:
-        signal.signal(signal.SIGINT, handler)
+        with uninterrupted():
+            code = max(code, write_results(console, options, configs, kept))
+    return code
+
+
+@contextlib.contextmanager
+def uninterrupted():
+    """Ignore Ctrl-C, which must not lose what is being saved. Only a main thread gets one."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler or signal.SIG_DFL)
 
 
 def work(console, options, configs, kept):
@@ -1574,8 +1597,13 @@ def write_results(console, options, configs, kept):
 
 
 def complain(problem, code=1):
-    """One sentence on stderr. Returns the exit code."""
-    print(f"rlhf_loop_pseudo.py: {problem}", file=sys.stderr)
+    """One sentence on stderr, if there is one. Returns the exit code."""
+    sentence = "".join(letter if letter.isprintable() else "?" for letter in str(problem))
+    try:
+        if sys.stderr:
+            print(f"rlhf_loop_pseudo.py: {sentence}", file=sys.stderr)
+    except OSError:
+        silence(sys.stderr)
     return code
 
 

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -97,6 +98,11 @@ def test_a_bad_value_is_refused_in_one_sentence(flag, value, capsys, monkeypatch
         (["--steps", "2", "--pause"], "--pause.*--steps"),
         (["--inspect-all"], "--inspect-all: needs --inspect"),
         (["--pause"], "--pause.*terminal"),
+        (["--show", "gae", "--seed", "0"], "--show.*--seed has no place"),
+        (["--show", "--inspect-all"], "--show.*--inspect-all has no place"),
+        (["--save", "x" * 300 + ".npz"], "--save: cannot write.*too long"),
+        (["--save", ".npz"], "--save: '.npz' is no file name that ends in .npz"),
+        (["--b\x1b[31md"], r"unrecognized arguments: --b\?\[31md"),
     ],
 )
 def test_contradictions_are_refused(arguments, words, capsys, monkeypatch):
@@ -148,6 +154,9 @@ def test_out_of_memory_all_the_same(tmp_path, monkeypatch, capsys):
     assert loop.main([*FAST, "--save", str(tmp_path / "a.npz")]) == 1
     assert capsys.readouterr().err == "rlhf_loop_pseudo.py: not enough memory\n"
     assert "whitened" in np.load(tmp_path / "a.npz")  # what there was is kept
+    monkeypatch.setattr(loop, "init_models", full)
+    assert loop.main([*FAST, "--export", str(tmp_path / "a.txt")]) == 1
+    assert (tmp_path / "a.txt").read_text() == ""
 
 
 def test_a_config_refuses_what_the_command_line_refuses():
@@ -160,6 +169,7 @@ EDGES = {
     "one token, one row, two words": "--vocab-size 2 --batch-size 1 --prompt-length 1 --response-length 1 --width 1",
     "no KL price": "--beta 0",
     "a high KL price": "--beta 1000",
+    "hardly a KL price": "--beta 1e-310",
     "myopic": "--gamma 0 --lam 0",
     "no learning": "--learning-rate 0",
     "no drift": "--drift 0",
@@ -337,6 +347,19 @@ def test_ctrl_c_while_saving_does_not_lose_it(tmp_path, monkeypatch):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@posix
+def test_ctrl_c_while_metrics_are_joined_does_not_lose_them(tmp_path, monkeypatch):
+    original = loop.join_histories
+
+    def interrupted(*arguments):
+        os.kill(os.getpid(), signal.SIGINT)
+        return original(*arguments)
+
+    monkeypatch.setattr(loop, "show_metrics", lambda *_: monkeypatch.setattr(loop, "join_histories", interrupted))
+    assert loop.main([*FAST, "--steps", "2", "--save", str(tmp_path / "x.npz")]) == 0
+    assert len(np.load(tmp_path / "x.npz")["objective/kl"]) == 2
+
+
 def test_an_existing_file_is_replaced(tmp_path):
     path = tmp_path / "x.npz"
     path.write_text("old")
@@ -423,6 +446,14 @@ def test_show_in_a_terminal(tool):
 
 
 @posix
+def test_show_cuts_no_line_in_a_narrow_terminal():
+    _, output = in_terminal("--show", "actor_gradients")
+    shown = re.sub(r"\x1b\[[0-9;]*m", "", output).replace("\r\n", "\n")
+    assert max(map(len, shown.splitlines())) > 100
+    assert shown.partition("import numpy as np\n\n\n")[2].strip() in SCRIPT.read_text(encoding="utf-8")
+
+
+@posix
 @pytest.mark.parametrize("arguments", [[], ["--steps", "3"]])
 def test_a_reader_that_leaves_is_no_error(arguments, tmp_path):
     path = tmp_path / "x.npz"
@@ -443,6 +474,59 @@ def test_closed_and_full_outputs():
             done = run(*FAST, stdout=full)
         assert done.returncode == 1
         assert re.fullmatch(rb"rlhf_loop_pseudo.py: .*No space left.*\n", done.stderr)
+
+
+@posix
+def test_a_closed_or_full_stderr_changes_no_exit_code(tmp_path):
+    done = subprocess.run(
+        [sys.executable, SCRIPT, "--steps", "0"], stdout=subprocess.PIPE, preexec_fn=lambda: os.close(2)
+    )
+    assert (done.returncode, done.stdout) == (2, b"")
+    if os.path.exists("/dev/full"):
+        diverges = [*FAST, "--steps", "2", "--drift", "1e10", "--save", tmp_path / "x.npz"]
+        with open("/dev/full", "wb") as full:
+            assert subprocess.run([sys.executable, SCRIPT, "--steps", "0"], stderr=full).returncode == 2
+            command = [sys.executable, SCRIPT, *diverges]
+            assert subprocess.run(command, stdout=subprocess.DEVNULL, stderr=full).returncode == 1
+        assert "objective/kl" in np.load(tmp_path / "x.npz")
+
+
+@posix
+def test_pause_with_a_closed_stdout_still_saves(tmp_path):
+    import pty
+
+    outer, inner = pty.openpty()
+    os.write(outer, b"\n" * 6)
+    command = [sys.executable, SCRIPT, *FAST, "--pause", "--save", tmp_path / "x.npz"]
+    done = subprocess.run(command, stdin=inner, stderr=subprocess.PIPE, preexec_fn=lambda: os.close(1), timeout=60)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert "ratio" in np.load(tmp_path / "x.npz")
+
+
+def test_forced_colours_bring_no_progress_bar_into_a_pipe():
+    done = run(*FAST, "--steps", "3", env={**os.environ, "FORCE_COLOR": "1", "PYTHONIOENCODING": "utf-8"})
+    assert done.returncode == 0
+    assert not re.search(rb"\x1b\[[0-9?]*[A-Zhl]", done.stdout)
+
+
+class FullObject(io.StringIO):
+    """An output that is no file and takes nothing."""
+
+    def write(self, _):
+        raise OSError(28, "No space left on device")
+
+
+def test_in_a_thread_and_into_any_object(tmp_path, monkeypatch, capsys):
+    codes = []
+    thread = threading.Thread(target=lambda: codes.append(loop.main([*FAST, "--save", str(tmp_path / "a.npz")])))
+    thread.start()
+    thread.join()
+    monkeypatch.setattr(sys, "stdout", FullObject())
+    codes.append(loop.main([*FAST, "--save", str(tmp_path / "b.npz")]))
+    assert codes == [0, 1]
+    assert "No space left" in capsys.readouterr().err
+    assert "ratio" in np.load(tmp_path / "a.npz")
+    assert "config" in np.load(tmp_path / "b.npz")
 
 
 def interrupt(arguments, after, times=1):
