@@ -1465,7 +1465,7 @@ def run_training(console, config, history):
     rng = default_rng(config.seed)
     models = init_models(config, rng)
     say(console, f"=== RLHF Training, β = {config.beta:g} ===", style="bold")
-    say(console, f"  {config.steps} steps of {config.batch_size} responses; means per response, clipped: of the tokens")
+    say(console, f"  {config.steps} steps of {config.batch_size} responses; means per response, clipped per token")
     console.print()
     show_checkpoint_header(console)
     checkpoints = np.linspace(1, config.steps, min(11, config.steps)).round()
