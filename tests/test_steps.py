@@ -156,6 +156,24 @@ def test_token_logprobs_in_slices_of_any_size(batch, size):
         assert logprobs[b, t] == pytest.approx(expected, rel=1e-9, abs=1e-12)
 
 
+def test_logits_are_held_once(monkeypatch):
+    monkeypatch.setattr(loop, "SLICE", 12)
+    rng = np.random.default_rng(0)
+    states, head = rng.random((7, 3), dtype=np.float32), rng.random((3, 4), dtype=np.float32)
+    buffers = []
+    for rows, logits in loop.sliced_logits(states, head):
+        np.testing.assert_array_equal(logits, states[rows] @ head)
+        assert logits.dtype == np.float32
+        exps, _, _ = loop.exp_and_logprobs(logits, np.zeros(len(logits), dtype=int))
+        buffers += [logits, exps]
+    assert len(buffers) == 6
+    assert all(np.shares_memory(each, buffers[0]) for each in buffers)
+
+
+def test_whitening_two_numbers():
+    np.testing.assert_allclose(loop.whiten(np.array([[1.0, 3.0]]), np.ones((1, 2))), [[-(0.5**0.5), 0.5**0.5]])
+
+
 def test_a_small_weight_after_a_large_one_is_found():
     weights = np.array([[2.0**24, 1, 1]], dtype=np.float32)  # in float32 their sum would stay 2**24
     assert loop.invert_cumulative(weights, np.ones(1))[0] == 2
