@@ -110,6 +110,7 @@ class Config:
 # ------------------------------------------------------------------ 3. toy models
 
 SLICE = 6_000_000  # numbers of an (N, V) matrix held at once: 24 MB, which the allocator reuses
+np.empty(SLICE, dtype=np.float32)  # freed at once: from now on glibc keeps arrays of up to this size for the next
 
 
 def init_weights(rng, shape, deviation):
