@@ -28,11 +28,11 @@ D width, S sequence (P + T or less), N real tokens in the batch. Log probabiliti
 from __future__ import annotations
 
 if __name__ == "__main__":
+    import _signal  # the built-in part of signal, which itself takes a while to load
     import os
-    import signal
 
     # Ctrl-C during the imports ends as quietly as it does later
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    _signal.signal(_signal.SIGINT, lambda *_: os._exit(130))
     # Two threads are enough for matrices this small; one without work sleeps soon (2**16 cycles), or it slows the other
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "2")
     os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "16")
