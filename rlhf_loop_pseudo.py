@@ -109,7 +109,7 @@ class Config:
 
 # ------------------------------------------------------------------ 3. toy models
 
-SLICE = 6_000_000  # numbers of an (N, V) matrix held at once: 24 MB, which the allocator reuses
+SLICE = 6_000_000  # numbers of an (N, V) matrix held at once: 24 MB
 np.empty(SLICE, dtype=np.float32)  # freed at once: from now on glibc keeps arrays of up to this size for the next
 
 
@@ -752,7 +752,6 @@ def walk_through(models, config, rng):
             texts = seen["prompts"], seen["responses"]
             exact = exact_kl(seen.pop("logits"), logprobs, models.reference, ref_logprobs, *texts)  # frees them
             stage["exact_kl"] = np.where(mask, exact, 0)
-            stage["mean_kl"] = real_mean(stage["kl"], mask)
             stage["kl_error"] = np.std(stage["kl"], where=mask != 0) / np.count_nonzero(mask) ** 0.5
             stage["mean_exact_kl"] = real_mean(stage["exact_kl"], mask)
             stage["negative_fraction"] = real_mean(logprobs < ref_logprobs, mask)
@@ -766,6 +765,12 @@ def walk_through(models, config, rng):
             stage["ratio_max"] = stage["ratio"].max(axis=(1, 2))
             stage["clipped"] = is_clipped(stage["ratio"], seen["whitened"], config.clip)
             stage["clip_fraction"] = real_mean(stage["clipped"], mask)
+        for name in ("scores", "total_rewards"):
+            if name in stage:
+                stage[f"mean_{name}"] = stage[name].mean()
+        for name in ("old_logprobs", "ref_logprobs", "kl", "values", "advantages", "whitened"):
+            if name in stage:
+                stage[f"mean_{name}"] = real_mean(stage[name], mask)
         yield stage
 
 
@@ -934,10 +939,10 @@ def number_list(values, most=4):
     return f"[{', '.join(shorten([fixed(value, 2) for value in values], most))}]"
 
 
-def preview(x, mask):
+def preview(data, name):
     """The first response's first values and last, and the mean over all real tokens."""
-    values = shorten([fixed(value, 2) for value in x[0][mask[0] != 0]], 3)
-    return f"[{' '.join(values)}] mean {fixed(real_mean(x, mask), 3)}"
+    values = shorten([fixed(value, 2) for value in data[name][0][data["mask"][0] != 0]], 3)
+    return f"[{' '.join(values)}] mean {fixed(data[f'mean_{name}'], 3)}"
 
 
 def token_text(tokens, config):
@@ -974,7 +979,7 @@ def show_generation(console, data, config):
     say(console, "  Actor forward pass...")
     say(console, f"  Generated tokens: {responses.shape}", token_text(responses[0][mask[0] != 0], config))
     say(console, f"  Actor logits: {logits.shape}", f"{megabytes(logits.nbytes)}; training keeps only slices")
-    say(console, f"  Old log probs: {mask.shape}", preview(data["old_logprobs"], mask))
+    say(console, f"  Old log probs: {mask.shape}", preview(data, "old_logprobs"))
     explain(
         console,
         'Why "old": they stay as they are while step 7 changes the actor.',
@@ -987,17 +992,17 @@ def show_scores(console, data, config):
     say(console, "Step 3: Score responses (Reward Model)", style="bold")
     scores = data["scores"]
     say(console, "  Reward model forward pass...")
-    say(console, f"  Scores: {number_list(scores)}", f"mean {scores.mean():.3f}")
+    say(console, f"  Scores: {number_list(scores)}", f"mean {data['mean_scores']:.3f}")
     explain(console, "Why one number a response: only a finished response can be judged.")
 
 
 def show_kl(console, data, config):
     """Step 4."""
     say(console, "Step 4: Compute KL penalty (Reference)", style="bold")
-    kl, mask = data["kl"], data["mask"]
+    kl = data["kl"]
     say(console, "  Reference forward pass...")
-    say(console, f"  Reference log probs: {kl.shape}", preview(data["ref_logprobs"], mask))
-    say(console, f"  KL divergence per token: {kl.shape}", preview(kl, mask))
+    say(console, f"  Reference log probs: {kl.shape}", preview(data, "ref_logprobs"))
+    say(console, f"  KL divergence per token: {kl.shape}", preview(data, "kl"))
     mean, error, exact = (fixed(data[name], 3) for name in ("mean_kl", "kl_error", "mean_exact_kl"))
     say(console, f"  Mean KL: {mean}", f"± {error} nats per token, by {config.kl_estimator}")
     say(console, f"  Exact KL: {exact}", f"nats per token, over all {config.vocab_size} tokens", "dim")
@@ -1014,7 +1019,9 @@ def show_rewards(console, data, config):
     say(console, "Step 5: Compute total rewards", style="bold")
     totals, score, kl = data["total_rewards"], data["scores"][0], data["kl_per_response"][0]
     say(console, "  reward = reward_model_score - β * KL", f"β = {config.beta}")
-    say(console, f"  Total rewards: {number_list(totals)}", f"per response, mean {fixed(totals.mean(), 3)}")
+    say(
+        console, f"  Total rewards: {number_list(totals)}", f"per response, mean {fixed(data['mean_total_rewards'], 3)}"
+    )
     explain(
         console,
         f"The first: {score:.4f} - {config.beta} * {kl:.4f} = {totals[0]:.4f}, KL summed over its tokens.",
@@ -1028,9 +1035,9 @@ def show_advantages(console, data, config):
     say(console, "Step 6: Compute advantages (Critic + GAE)", style="bold")
     mask = data["mask"]
     say(console, "  Critic forward pass...")
-    say(console, f"  Values: {mask.shape}", preview(data["values"], mask))
-    say(console, f"  GAE advantages: {mask.shape}", preview(data["advantages"], mask))
-    say(console, f"  Whitened: {mask.shape}", preview(data["whitened"], mask), "dim")
+    say(console, f"  Values: {mask.shape}", preview(data, "values"))
+    say(console, f"  GAE advantages: {mask.shape}", preview(data, "advantages"))
+    say(console, f"  Whitened: {mask.shape}", preview(data, "whitened"), "dim")
     explain(
         console,
         f"δ[t] = reward[t] + γ value[t+1] - value[t]           γ = {config.gamma}, λ = {config.lam};",
@@ -1258,6 +1265,7 @@ def reader(kind, allowed):
     """A function for argparse that reads a value and says what is allowed where it is not."""
 
     def read(text):
+        """The value of text; raises argparse.ArgumentTypeError."""
         try:
             value = kind(text)
         except ValueError:

@@ -153,6 +153,10 @@ def check_formulas(data, config):
     np.testing.assert_allclose(data["actor_loss"], losses, atol=1e-5, rtol=1e-4)
     np.testing.assert_allclose(ratio[0], mask, atol=1e-5)
     stopped = ((ratio < 1 - config.clip) & (white < 0)) | ((ratio > 1 + config.clip) & (white > 0))
+    for name in ("old_logprobs", "ref_logprobs", "kl", "values", "advantages", "whitened"):
+        np.testing.assert_allclose(data[f"mean_{name}"], data[name][mask == 1].mean(), rtol=1e-4, atol=1e-5)
+    for name in ("scores", "total_rewards"):
+        assert data[f"mean_{name}"] == data[name].mean()
     np.testing.assert_array_equal(data["clipped"], stopped)
     np.testing.assert_allclose(data["clip_fraction"], stopped.sum(axis=(1, 2)) / n)
     first = ((data["values"] - data["returns"]) ** 2).sum() / n
