@@ -1,11 +1,11 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["numpy>=1.24", "rich>=13.8"]
+# dependencies = ["numpy>=1.26", "rich>=13.8"]
 # ///
 """The complete RLHF-PPO training loop in one file, with real numbers.
 
     python rlhf_loop_pseudo.py                               one step, every tensor shown
-    python rlhf_loop_pseudo.py --preset letters --steps 200  training, in seconds
+    python rlhf_loop_pseudo.py --preset letters --steps 200  human feedback, then training
 
 Four toy models (actor, critic, reward, reference) go through the seven steps of
 "Fine-Tuning Language Models from Human Preferences" and InstructGPT:
@@ -18,674 +18,144 @@ Four toy models (actor, critic, reward, reference) go through the seven steps of
     6. the critic and GAE turn rewards into advantages
     7. PPO updates the actor, regression updates the critic
 
-The models are toys: tiny, with uniform attention and random weights, on random prompts. A score is an
-arbitrary function to maximise; no text means anything. Gradients, masks, clipping and Adam are exact.
+Below: 2 the knobs, 3 the loop, 4 its steps as formulas, 5 the human and the reward model, 6 the models and their
+gradients: the lesson. Then 7 measuring, 8 the presentation, 9 the command line, where nothing changes a weight.
+
+The models are toys: tiny, with uniform attention and random starting weights, on random prompts. Everything that
+happens to them is real: gradients, masks, clipping and Adam are exact.
 
 Letters in shape comments: B sequences, P prompt tokens, T response tokens, V vocabulary,
-D width, S sequence (P + T or less), N real tokens in the batch. Log probabilities and KL are in nats.
+D width, S sequence (P + T or less), N any number of rows. Log probabilities and KL are in nats.
 """
 
-from __future__ import annotations
+import os
+import sys
 
-if __name__ == "__main__":
-    import _signal  # the built-in part of signal, which itself takes a while to load
-    import os
-
-    # Ctrl-C during the imports ends as quietly as it does later
-    _signal.signal(_signal.SIGINT, lambda *_: os._exit(130))
-    # Two threads are enough for matrices this small; one without work sleeps soon (2**16 cycles), or it slows the other
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "2")
-    os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "16")
+if __name__ == "__main__":  # at these sizes a second BLAS thread gains nothing and, on a busy machine, costs a lot
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import argparse
-import codecs
-import contextlib
+import ast
+import inspect
 import json
 import math
-import os
 import re
-import shutil
-import signal
-import stat
-import sys
-import threading
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-from numpy.random import default_rng  # now: while it loads, a Ctrl-C would be lost
-from rich.console import Console
-from rich.text import Text
+try:
+    import numpy as np
+    from rich.console import Console
+    from rich.terminal_theme import TerminalTheme
+    from rich.text import Text
+    from rich.theme import Theme
+except ModuleNotFoundError as missing:
+    sys.exit(f"{missing.name} is not installed. Run: python -m pip install numpy rich")
 
 # ------------------------------------------------------------------ 2. configuration
 
-
-def setting(default, allowed, meaning):
-    """One field of Config: its default, the rule for its values and its meaning."""
-    return field(default=default, metadata={"allowed": allowed, "meaning": meaning})
-
-
-COUNT = "a whole number of at least 1"
-NOT_NEGATIVE = "a finite number of at least 0"
-FRACTION = "a number from 0 to 1"
-ALLOWED = {
-    COUNT: lambda x: x >= 1 and x % 1 == 0,
-    "a whole number of at least 2": lambda x: x >= 2 and x % 1 == 0,
-    "a whole number of at least 0": lambda x: x >= 0 and x % 1 == 0,
-    NOT_NEGATIVE: lambda x: 0 <= x < math.inf,
-    FRACTION: lambda x: 0 <= x <= 1,
-    "a number between 0 and 1, both excluded": lambda x: 0 < x < 1,
-    "k1, k2 or k3": lambda x: x in ("k1", "k2", "k3"),
-}
+NOT_NEGATIVE = "a finite number of at least 0", lambda x: 0 <= x < math.inf
+FRACTION = "a number from 0 to 1", lambda x: 0 <= x <= 1
+BETWEEN = "a number between 0 and 1, both excluded", lambda x: 0 < x < 1
 
 
+def at_least(least):
+    """The rule for a whole number that has a lower bound."""
+    return f"a whole number of at least {least}", lambda x: x >= least and x % 1 == 0
+
+
+def one_of(*names):
+    """The rule for a name."""
+    return f"one of {', '.join(names)}", lambda x: x in names
+
+
+
+def knob(default, rule, meaning, trl="", openrlhf="", verl=""):
+    """A field of Config: its default, what is allowed, its meaning, and its names in three trainers."""
+    peers = {"trl": trl, "openrlhf": openrlhf, "verl": verl}
+    return field(default=default, metadata={"rule": rule, "meaning": meaning, "peers": peers})
+
+
+
+# From here to section 7 the layout is by hand: a page of 88 columns, and an anchor where its function ends.
+# fmt: off
 @dataclass(frozen=True)
 class Config:
-    """Everything that affects the algorithm; raises ValueError for a value outside its rule."""
+    """Everything that affects the algorithm; raises ValueError for a value that is not allowed."""
 
-    batch_size: int = setting(4, COUNT, "B, sequences in a batch (TRL per_device_train_batch_size)")
-    prompt_length: int = setting(64, COUNT, "P, tokens in a prompt (verl data.max_prompt_length)")
-    response_length: int = setting(128, COUNT, "T, most tokens in a response (TRL response_length)")
-    vocab_size: int = setting(50257, "a whole number of at least 2", "V; the last token ends a text; GPT-2 has 50257")
-    width: int = setting(32, COUNT, "D, numbers in a hidden state (n_embd in GPT-2, there 768)")
-    steps: int = setting(1, COUNT, "RLHF steps, a batch each; 1 is the walk-through")
-    beta: float = setting(0.02, NOT_NEGATIVE, "price of KL, score per nat (InstructGPT's; TRL kl_coef)")
-    kl_estimator: str = setting("k1", "k1, k2 or k3", "how KL is estimated from a token (TRL kl_estimator)")
-    gamma: float = setting(1.0, FRACTION, "discount per token (TRL gamma)")
-    lam: float = setting(0.95, FRACTION, "GAE's lambda, per token (TRL lam)")
-    clip: float = setting(0.2, "a number between 0 and 1, both excluded", "PPO's epsilon, a ratio (TRL cliprange)")
-    ppo_epochs: int = setting(4, COUNT, "updates on each batch (TRL num_ppo_epochs)")
-    learning_rate: float = setting(4e-4, NOT_NEGATIVE, "Adam's, falling to 0 over the steps (TRL learning_rate)")
-    drift: float = setting(0.5, NOT_NEGATIVE, "noise, in deviations, between actor and reference; 0 in training")
-    seed: int = setting(0, "a whole number of at least 0", "seed of all randomness (TRL seed)")
+    batch_size: int = knob(4, at_least(1), "B, responses in a batch",
+        "per_device_train_batch_size", "train.batch_size rollout.batch_size={prompts}",
+        "data.train_batch_size={prompts} actor_rollout_ref.actor.ppo_mini_batch_size={prompts}")
+    prompt_length: int = knob(64, at_least(1), "P, tokens in a prompt",
+        "", "data.max_len={length}", "data.max_prompt_length")
+    response_length: int = knob(128, at_least(1), "T, most tokens in a response",
+        "max_completion_length", "rollout.max_new_tokens", "data.max_response_length")
+    vocab_size: int = knob(50257, at_least(2), "V; the last token ends a text; GPT-2 has 50257")
+    width: int = knob(32, at_least(1), "D, numbers in a hidden state; GPT-2 has 768")
+    preference_pairs: int = knob(2048, at_least(1), "choices of the human, where V is 27 and text can be read")
+    steps: int = knob(1, at_least(1), "RLHF steps, a batch each; 1 is the walk-through",
+        "max_steps={updates}", "data.max_samples={samples}", "trainer.total_training_steps")
+    beta: float = knob(0.02, NOT_NEGATIVE, "price of KL, score per nat; 0.02 is InstructGPT's",
+        "beta", "algo.kl.init_coef", "algorithm.kl_ctrl.kl_coef")
+    kl_estimator: str = knob("k1", one_of("k1", "k2", "k3"), "KL of a token; as a reward only k1 has KL's gradient",
+        "", "algo.kl.estimator", "algorithm.kl_penalty")
+    advantage: str = knob("gae", one_of("gae", "rloo", "grpo"), "with a critic (gae), or compared within a group",
+        "", "algo.advantage.estimator={estimator}", "algorithm.adv_estimator")
+    group_size: int = knob(4, at_least(2), "responses to each prompt, with rloo and grpo",
+        "num_generations={group}", "rollout.n_samples_per_prompt={group}", "actor_rollout_ref.rollout.n={group}")
+    gamma: float = knob(1.0, FRACTION, "discount per token", "", "algo.advantage.gamma", "algorithm.gamma")
+    lam: float = knob(0.95, FRACTION, "GAE's lambda, per token", "", "algo.advantage.lambd", "algorithm.lam")
+    clip: float = knob(0.2, BETWEEN, "PPO's epsilon: how far a ratio may move to gain", "epsilon", "actor.eps_clip",
+        "actor_rollout_ref.actor.clip_ratio_low actor_rollout_ref.actor.clip_ratio_high")
+    ppo_epochs: int = knob(4, at_least(1), "updates on each batch",
+        "num_iterations", "train.max_epochs", "actor_rollout_ref.actor.ppo_epochs")
+    learning_rate: float = knob(5e-4, NOT_NEGATIVE, "Adam's, falling to 0 over the steps",
+        "learning_rate", "actor.adam.lr critic.adam.lr", "actor_rollout_ref.actor.optim.lr critic.optim.lr")
+    drift: float = knob(0.8, NOT_NEGATIVE, "noise, in deviations, between actor and reference; 0 in training")
+    seed: int = knob(0, at_least(0), "seed of all randomness",
+        "seed", "train.seed", "data.seed actor_rollout_ref.rollout.seed")
 
     def __post_init__(self):
         for each in fields(self):
-            value, allowed = getattr(self, each.name), each.metadata["allowed"]
-            if not ALLOWED[allowed](value):
-                raise ValueError(f"{each.name}: {value!r} is not {allowed}")
-
-
-# ------------------------------------------------------------------ 3. toy models
-
-SLICE = 6_000_000  # numbers of an (N, V) matrix held at once: 24 MB
-np.empty(SLICE, dtype=np.float32)  # freed at once: from now on glibc keeps arrays of up to this size for the next
-
-
-def init_weights(rng, shape, deviation):
-    """Draw weights uniformly around 0 with the given standard deviation, float32."""
-    return (rng.random(shape, dtype=np.float32) - np.float32(0.5)) * np.float32(deviation * 12**0.5)
-
-
-def init_head(rng, width, out_width, scale=1.0):
-    """Draw a (D, out) matrix with standard deviation scale / sqrt(D)."""
-    return init_weights(rng, (width, out_width), scale / width**0.5)
-
-
-def init_model(rng, vocab_size, width, out_width, scale=1.0):
-    """Draw a model: backbone (embed, mix) and head, float32.
-
-    Returns {"embed": (V, D), "mix": (D, D), "head": (D, out_width)}. The context outweighs the current
-    token, so that a late token's state still depends on the whole text.
-    """
-    return {
-        "embed": init_weights(rng, (vocab_size, width), 0.1),
-        "mix": init_head(rng, width, width, scale=5.0),
-        "head": init_head(rng, width, out_width, scale),
-    }
-
-
-class Models(NamedTuple):
-    """The four models of RLHF. Two learn, two are frozen."""
-
-    actor: dict
-    critic: dict
-    reward_model: dict
-    reference: dict
-
-
-def init_models(config, rng):
-    """Start all four from one backbone, as RLHF starts them from one fine-tuned model.
-
-    drift sets the actor off the reference, and the critic's head off zero, as training would.
-    """
-    sizes, drift = (config.vocab_size, config.width), np.float32(config.drift)
-    reference = init_model(rng, *sizes, config.vocab_size, scale=2.0)
-    noise = init_model(rng, *sizes, config.vocab_size, scale=2.0)
-    embed, mix = reference["embed"], reference["mix"]
-    return Models(
-        actor={name: reference[name] + drift * noise[name] for name in reference},
-        critic={"embed": embed.copy(), "mix": mix.copy(), "head": drift * init_head(rng, config.width, 1)},
-        reward_model={"embed": embed.copy(), "mix": mix.copy(), "head": init_head(rng, config.width, 1, scale=3.0)},
-        reference=reference,
-    )
-
-
-def root_positions(x):
-    """sqrt(t + 1) for each position t of x (B, S, D). Returns (S, 1)."""
-    return np.sqrt(np.arange(1, x.shape[1] + 1, dtype=x.dtype))[:, None]
-
-
-def attend(x):
-    """Causal attention to every position so far equally: sum(x[0..t]) / sqrt(t + 1). (B, S, D) -> (B, S, D).
-
-    The root, not t + 1, so that the context keeps its variance. Summed in the order in which generate
-    sums, so that both find the same log probabilities: to the last bit, where matrix products allow.
-    """
-    return np.cumsum(x, axis=1) / root_positions(x)
-
-
-def backbone(model, tokens):
-    """Hidden states of a causal one-layer model: tanh(embed[x[t]] + attend(embed[x])[t] @ mix).
-
-    tokens (B, S) int. Returns (B, S, D), every number in (-1, 1).
-    """
-    return backbone_and_context(model, tokens)[0]
-
-
-def backbone_and_context(model, tokens):
-    """What backbone returns, and attend(embed[x]) (B, S, D), which its gradient needs."""
-    x = model["embed"][tokens]  # (B, S) -> (B, S, D)
-    context = attend(x)
-    return np.tanh(x + context @ model["mix"]), context
-
-
-def backbone_gradients(model, tokens, hidden, context, d_hidden):
-    """Gradients of a loss with respect to embed and mix, given d_hidden = d loss / d hidden (B, S, D)."""
-    width = hidden.shape[-1]
-    d_before = d_hidden * (1 - hidden**2)  # through tanh
-    d_mix = context.reshape(-1, width).T @ d_before.reshape(-1, width)  # (D, B * S) @ (B * S, D)
-    d_running = d_before @ model["mix"].T / root_positions(hidden)  # through mix and the root, to the running sum
-    d_x = d_before + np.cumsum(d_running[:, ::-1], axis=1)[:, ::-1]  # x[t] is in that of every later position
-    # one token's rows of d_x are added up; sorted first, because np.add.at is slow
-    order = np.argsort(tokens, axis=None, kind="stable")
-    used, first = np.unique(tokens.ravel()[order], return_index=True)
-    d_embed = np.zeros_like(model["embed"])
-    d_embed[used] = np.add.reduceat(d_x.reshape(-1, width)[order], first, axis=0)
-    return {"embed": d_embed, "mix": d_mix}
-
-
-def response_inputs(prompts, responses):
-    """The tokens from which the response is predicted: all but the last. (B, P), (B, T) -> (B, P + T - 1).
-
-    Response token t is predicted one position to its left, at P - 1 + t.
-    """
-    return np.concatenate([prompts, responses[:, :-1]], axis=1)
-
-
-def response_states(model, prompts, responses):
-    """Hidden states before each response token. Returns (B, T, D)."""
-    return backbone(model, response_inputs(prompts, responses))[:, prompts.shape[1] - 1 :]
-
-
-def row_slices(rows, vocab_size):
-    """Slices of about equal size over the rows of an (N, V) matrix, each of at most SLICE numbers or one row."""
-    count = max(1, math.ceil(rows / max(1, SLICE // vocab_size)))
-    step = max(1, math.ceil(rows / count))
-    return [slice(start, min(start + step, rows)) for start in range(0, rows or 1, step)]
-
-
-def sliced_logits(states, head):
-    """Yield states @ head as (rows, logits), at most SLICE logits at once, each time in the same buffer.
-
-    A whole (N, V) matrix would cost more in fresh memory than in arithmetic.
-    """
-    slices = row_slices(len(states), head.shape[1])
-    buffer = np.empty((slices[0].stop, head.shape[1]), dtype=head.dtype)
-    for rows in slices:
-        yield rows, np.matmul(states[rows], head, out=buffer[: rows.stop - rows.start])  # (n, D) -> (n, V)
-
-
-def safe_to_exp(logits):
-    """Logits (n, V) with the maximum taken off each row that is so large or small that its exps would be lost.
-
-    Softmax does not change. Most rows stay as they are, which spares a pass over the matrix.
-    """
-    high = logits.max(axis=1, keepdims=True)
-    extreme = np.abs(high) > 30
-    return logits - np.where(extreme, high, 0) if extreme.any() else logits
-
-
-def exp_and_logprobs(logits, tokens):
-    """Softmax in parts. Mostly works in the place of logits: their values are lost.
-
-    logits (n, V), tokens (n,). Returns (exps, sums, logprobs): exps (n, V), its rows not yet divided
-    by their sums (n,); logprobs (n,) are those of tokens, in nats.
-    """
-    logits = safe_to_exp(logits)
-    chosen = logits[np.arange(len(tokens)), tokens]  # (n, V) -> (n,)
-    exps = np.exp(logits, out=logits)
-    sums = exps.sum(axis=1)
-    return exps, sums, chosen - np.log(sums)
-
-
-# ------------------------------------------------------------------ 4. the seven steps
-
-
-# ANCHOR: sample_prompts
-def sample_prompts(rng, batch_size, prompt_length, vocab_size):
-    """Step 1. Draw random prompts, without the end token.
-
-    Returns (B, P) int, each from 0 to V - 2: token V - 1 ends a text. Source: x ~ D in Ziegler et al. 2019, section 2.
-    """
-    return rng.integers(0, vocab_size - 1, size=(batch_size, prompt_length))
-
-
-# ANCHOR_END: sample_prompts
-
-
-# ANCHOR: generate
-def generate(actor, prompts, response_length, rng, eos_token, keep_logits=True):
-    """Step 2. Sample a response to each prompt, token by token.
-
-    token[t] ~ softmax(hidden[P - 1 + t] @ head), temperature 1. The context is a running sum, so that each
-    token costs one position, not the whole sequence: what a key-value cache does for a transformer.
-
-    prompts (B, P) int. Returns (responses, mask, logprobs, logits):
-    responses (B, T) int, filled with eos_token after the end; mask (B, T), 1 up to and including
-    the first end token; logprobs (B, T) in nats, 0 where the mask is 0; logits (B, T, V) or None.
-    Source: Radford et al. 2018 (GPT), equations 1 and 2.
-    """
-    batch_size, prompt_length = prompts.shape
-    embed, mix, head = actor["embed"], actor["mix"], actor["head"]
-    responses = np.full((batch_size, response_length), eos_token)
-    logprobs = np.zeros((batch_size, response_length), dtype=head.dtype)
-    mask = np.zeros_like(logprobs)
-    logits = np.empty((*mask.shape, head.shape[1]), dtype=head.dtype) if keep_logits else None
-    context_sum = embed[prompts].sum(axis=1)  # (B, P, D) -> (B, D)
-    token = prompts[:, -1]
-    running = np.ones(batch_size, dtype=bool)
-    for t in range(response_length):
-        context = context_sum / (prompt_length + t) ** 0.5
-        hidden = np.tanh(embed[token] + context @ mix)  # (B, D)
-        token_logits = hidden @ head  # (B, D) -> (B, V)
-        if keep_logits:
-            logits[:, t] = token_logits
-        token, logprob = sample_tokens(token_logits, rng)  # (B, V) -> (B,)
-        token = np.where(running, token, eos_token)
-        responses[:, t], mask[:, t], logprobs[:, t] = token, running, np.where(running, logprob, 0)
-        running = token != eos_token
-        context_sum = context_sum + embed[token]
-    return responses, mask, logprobs, logits
-
-
-# ANCHOR_END: generate
-
-
-BLOCK = 256  # tokens of a large vocabulary that sample_tokens takes together
-
-
-def sample_tokens(logits, rng):
-    """Draw a token for each row from softmax(logits). (B, V) -> tokens, logprobs (B,)."""
-    rows, vocab_size = np.arange(len(logits)), logits.shape[1]
-    logits = safe_to_exp(logits)
-    exps = np.exp(logits)
-    weights, first, share = exps, 0, 1 - rng.random(len(logits))  # in (0, 1], so that a weight of 0 is never drawn
-    if vocab_size > BLOCK:  # a running sum over all of V would be the slowest part of generation
-        starts = np.arange(0, vocab_size, BLOCK)
-        block, share = invert_cumulative(np.add.reduceat(exps, starts, axis=1), share)
-        first = starts[block]
-        columns = first[:, None] + np.arange(BLOCK)
-        weights = np.where(columns < vocab_size, exps[rows[:, None], np.minimum(columns, vocab_size - 1)], 0)
-    tokens = first + invert_cumulative(weights, share)[0]
-    return tokens, logits[rows, tokens] - np.log(exps.sum(axis=1))
-
-
-def invert_cumulative(weights, share):
-    """Where the running sum of each row of weights (B, n) reaches share (B,), in (0, 1], of the row's total.
-
-    Returns (index, share), both (B,): the share is how much of the weight at index it takes, in (0, 1].
-    """
-    rows = np.arange(len(weights))
-    cumulative = np.cumsum(weights, axis=1, dtype=np.float64)  # in float32 the tail would be lost
-    threshold = share * cumulative[:, -1]
-    index = np.argmax(cumulative >= threshold[:, None], axis=1)  # the first
-    # rounding must not make it 0, which would draw a weight of 0
-    return index, np.maximum(1 - (cumulative[rows, index] - threshold) / weights[rows, index], 1e-300)
-
-
-# ANCHOR: score_responses
-def score_responses(reward_model, prompts, responses, mask):
-    """Step 3. Score each response by one number.
-
-    score = sigmoid(hidden[last real token] @ head)
-
-    prompts (B, P), responses (B, T), mask (B, T). Returns scores (B,), each in (0, 1).
-    Raises ValueError for a mask with an empty row. Source: InstructGPT (Ouyang et al. 2022), section 3.5.
-    """
-    lengths = np.count_nonzero(mask, axis=1)
-    if not lengths.all():
-        raise ValueError("mask: a row without a real token has no last token to score")
-    hidden = backbone(reward_model, np.concatenate([prompts, responses], axis=1))  # (B, P + T, D)
-    last = hidden[np.arange(len(lengths)), prompts.shape[1] + lengths - 1]  # (B, P + T, D) -> (B, D)
-    logit = (last @ reward_model["head"])[:, 0]
-    return 0.5 * (1 + np.tanh(logit / 2))  # the sigmoid, in a form that cannot overflow
-
-
-# ANCHOR_END: score_responses
-
-
-# ANCHOR: token_logprobs
-def token_logprobs(model, prompts, responses):
-    """Step 4. Log probability of each response token.
-
-    logprob[t] = log softmax(hidden[P - 1 + t] @ head)[responses[t]]
-
-    One forward pass over the whole sequence, at most SLICE logits at once.
-    prompts (B, P), responses (B, T). Returns (B, T) in nats, padding not masked.
-    Source: Radford et al. 2018 (GPT), equations 1 and 2.
-    """
-    states = response_states(model, prompts, responses)
-    states = states.reshape(-1, states.shape[-1])  # (B, T, D) -> (B * T, D)
-    tokens = responses.ravel()
-    logprobs = np.empty(len(tokens), dtype=states.dtype)
-    for rows, logits in sliced_logits(states, model["head"]):
-        _, _, logprobs[rows] = exp_and_logprobs(logits, tokens[rows])
-    return logprobs.reshape(responses.shape)
-
-
-# ANCHOR_END: token_logprobs
-
-
-# ANCHOR: kl_penalty
-def kl_penalty(logprobs, ref_logprobs, estimator="k1"):
-    """Step 4. Estimate KL(actor || reference), token by token.
-
-    k1 = lp - ref    k2 = (lp - ref)² / 2    k3 = exp(ref - lp) - 1 - (ref - lp)
-
-    k1 and k3 have the KL as their mean; k1 may be negative on a token, k3 never; k2 is biased.
-    logprobs, ref_logprobs (B, T) in nats. Returns (B, T) in nats.
-    Raises ValueError for shapes that differ or an unknown estimator.
-    Source: Schulman 2020, "Approximating KL Divergence".
-    """
-    if logprobs.shape != ref_logprobs.shape:
-        raise ValueError(f"ref_logprobs: shape {ref_logprobs.shape} is not that of logprobs, {logprobs.shape}")
-    difference = logprobs - ref_logprobs
-    if estimator == "k1":
-        return difference
-    if estimator == "k2":
-        return difference**2 / 2
-    if estimator == "k3":
-        return np.expm1(-difference) + difference
-    raise ValueError(f"estimator: {estimator!r} is not k1, k2 or k3")
-
-
-# ANCHOR_END: kl_penalty
-
-
-# ANCHOR: shape_rewards
-def shape_rewards(scores, kl, mask, beta):
-    """Step 5. Merge score and KL penalty into a reward per token.
-
-    reward[t] = -beta * kl[t], and the score on top of it at the last real token, where the
-    response is complete and can be judged. A row's sum is score - beta * its KL.
-
-    scores (B,), kl (B, T) in nats, mask (B, T), beta in score per nat. Returns (B, T), 0 at padding.
-    Raises ValueError for shapes that do not fit or a mask with an empty row.
-    Source: Ziegler et al. 2019, equation 2.
-    """
-    if kl.shape != mask.shape or scores.shape != mask.shape[:1]:
-        raise ValueError(f"scores {scores.shape}, kl {kl.shape}, mask {mask.shape} must be (B,), (B, T), (B, T)")
-    lengths = np.count_nonzero(mask, axis=1)
-    if not lengths.all():
-        raise ValueError("mask: a row without a real token has no place for its score")
-    rewards = np.zeros(kl.shape, dtype=scores.dtype)
-    rewards[np.arange(len(lengths)), lengths - 1] = scores
-    return np.where(mask, rewards - float(beta) * kl, 0)
-
-
-# ANCHOR_END: shape_rewards
-
-
-# ANCHOR: critic_values
-def critic_values(critic, prompts, responses):
-    """Step 6. Predict the return of each state.
-
-    value[t] = hidden[P - 1 + t] @ head: the state before token t is chosen.
-
-    prompts (B, P), responses (B, T). Returns (B, T), in units of reward, padding not masked.
-    Source: V in Schulman et al. 2016, section 2.
-    """
-    return (response_states(critic, prompts, responses) @ critic["head"])[..., 0]  # (B, T, D) -> (B, T)
-
-
-# ANCHOR_END: critic_values
-
-
-# ANCHOR: gae
-def gae(rewards, values, mask, gamma, lam):
-    """Step 6. Generalized advantage estimation.
-
-    δ[t] = reward[t] + γ value[t + 1] - value[t]
-    advantage[t] = δ[t] + γ λ advantage[t + 1]
-    return[t] = advantage[t] + value[t]
-
-    Past the last real token, value and advantage are 0. λ = 0 leaves δ, the TD error; λ = 1 is the
-    Monte Carlo return minus the value.
-    rewards, values, mask (B, T); gamma, lam in [0, 1]. Returns (advantages, returns), (B, T), 0 at padding.
-    Raises ValueError for shapes that differ. Source: Schulman et al. 2016, equations 11 and 16 to 18.
-    """
-    if not rewards.shape == values.shape == mask.shape:
-        raise ValueError(f"rewards {rewards.shape}, values {values.shape}, mask {mask.shape} must all be (B, T)")
-    values = np.where(mask, values, 0)
-    advantages = np.zeros(values.shape, dtype=np.result_type(rewards, values))
-    next_value = next_advantage = 0
-    for t in reversed(range(values.shape[1])):
-        delta = rewards[:, t] + gamma * next_value - values[:, t]
-        advantages[:, t] = np.where(mask[:, t], delta + gamma * lam * next_advantage, 0)
-        next_value, next_advantage = values[:, t], advantages[:, t]
-    return advantages, advantages + values
-
-
-# ANCHOR_END: gae
-
-
-# ANCHOR: whiten
-def whiten(x, mask):
-    """Step 6. Shift and scale to mean 0 and variance 1.
-
-    Over the real tokens: (x - mean) / sqrt(variance + 1e-8), the variance unbiased (divided by n - 1).
-    x, mask (B, T). Returns (B, T), 0 at padding. Raises ValueError for shapes that differ or no real token.
-    Source: masked_whiten in TRL.
-    """
-    if x.shape != mask.shape or not mask.any():
-        raise ValueError(f"mask: needs the shape of x, {x.shape}, and a real token; its shape is {mask.shape}")
-    count = int(np.count_nonzero(mask))
-    mean = np.where(mask, x, 0).sum() / count
-    centered = np.where(mask, x - mean, 0)
-    variance = (centered**2).sum() / max(count - 1, 1)
-    return centered / np.sqrt(variance + 1e-8)
-
-
-# ANCHOR_END: whiten
-
-
-# ANCHOR: ppo_loss
-def ppo_loss(new_logprobs, old_logprobs, advantages, mask, clip):
-    """Step 7. PPO's clipped policy loss and its derivative.
-
-    ratio = exp(new - old)
-    loss = mean over real tokens of -min(ratio * A, clip(ratio, 1 - clip, 1 + clip) * A)
-    d loss / d new = -ratio * A / n where the first of the two is not the larger, else 0
-
-    The minimum takes away the gain, and so the gradient, of moving the ratio past the clip.
-    All (B, T), log probabilities in nats. Returns (loss, d_loss/d_new_logprobs, ratio): scalar, (B, T),
-    (B, T), 0 at padding. Raises ValueError for shapes that differ or no real token.
-    Source: Schulman et al. 2017, equation 7.
-    """
-    if not new_logprobs.shape == old_logprobs.shape == advantages.shape == mask.shape or not mask.any():
-        raise ValueError("new_logprobs, old_logprobs, advantages, mask must have one shape, and mask a real token")
-    count = int(np.count_nonzero(mask))
-    log_ratio = np.where(mask, new_logprobs, 0) - np.where(mask, old_logprobs, 0)
-    ratio = np.where(mask, np.exp(log_ratio), 0)
-    advantages = np.where(mask, advantages, 0)
-    unclipped = ratio * advantages
-    clipped = np.clip(ratio, 1 - float(clip), 1 + float(clip)) * advantages
-    loss = -np.minimum(unclipped, clipped).sum() / count
-    return loss, np.where(unclipped <= clipped, -unclipped, 0) / count, ratio
-
-
-# ANCHOR_END: ppo_loss
-
-
-# ANCHOR: value_loss
-def value_loss(values, returns, mask):
-    """Step 7. The critic's mean squared error and its derivative.
-
-    loss = mean over real tokens of (value - return)²    d loss / d value = 2 (value - return) / n
-
-    All (B, T). Returns (loss, d_loss/d_values): scalar, (B, T), 0 at padding.
-    Raises ValueError for shapes that differ or no real token. Source: Schulman et al. 2017, section 5 (L^VF).
-    """
-    if not values.shape == returns.shape == mask.shape or not mask.any():
-        raise ValueError("values, returns, mask must have one shape, and mask a real token")
-    count = int(np.count_nonzero(mask))
-    error = np.where(mask, values, 0) - np.where(mask, returns, 0)
-    return (error**2).sum() / count, 2 * error / count
-
-
-# ANCHOR_END: value_loss
-
-
-# ANCHOR: actor_gradients
-def actor_gradients(actor, prompts, responses, old_logprobs, advantages, mask, clip):
-    """Step 7. Gradients of ppo_loss for the actor's parameters.
-
-    One forward and one backward pass, with
-    d loss / d logits = d_loss/d_new_logprob * (one-hot of the token - softmax(logits))
-
-    prompts (B, P), the others (B, T). Returns (gradients, loss, ratio): keyed like the parameters,
-    scalar, (B, T) with 0 at padding. Raises ValueError for a mask without a real token.
-    Source: Schulman et al. 2017, equation 7, by the chain rule.
-    """
-    inputs, real = response_inputs(prompts, responses), mask.astype(bool)
-    if not real.any():
-        raise ValueError("mask: no real token to learn from")
-    hidden, context = backbone_and_context(actor, inputs)  # (B, S, D) both
-    states, tokens = hidden[:, prompts.shape[1] - 1 :][real], responses[real]  # (N, D), (N,)
-    old_logprobs, advantages = old_logprobs[real], advantages[real]
-    head, loss = actor["head"], 0.0
-    d_head, d_states, ratio = np.zeros_like(head), np.empty_like(states), np.empty_like(old_logprobs)
-    for rows, logits in sliced_logits(states, head):
-        exps, sums, new_logprobs = exp_and_logprobs(logits, tokens[rows])
-        ones = np.ones_like(new_logprobs)
-        mean, d_mean, ratio[rows] = ppo_loss(new_logprobs, old_logprobs[rows], advantages[rows], ones, clip)
-        part = len(ones) / len(tokens)  # the loss is a mean over all rows, ppo_loss saw these
-        loss += part * mean
-        exps[np.arange(len(sums)), tokens[rows]] -= sums  # now -(one-hot - softmax) * sums
-        scale = (part * d_mean / sums)[:, None]  # (n, 1), small: the (n, V) matrix is never scaled itself
-        d_head -= (states[rows] * scale).T @ exps  # (D, n) @ (n, V)
-        d_states[rows] = -scale * (exps @ head.T)  # (n, V) @ (V, D)
-    d_hidden, all_ratios = np.zeros_like(hidden), np.zeros(mask.shape, dtype=ratio.dtype)
-    d_hidden[:, prompts.shape[1] - 1 :][real] = d_states
-    all_ratios[real] = ratio
-    return {**backbone_gradients(actor, inputs, hidden, context, d_hidden), "head": d_head}, loss, all_ratios
-
-
-# ANCHOR_END: actor_gradients
-
-
-# ANCHOR: critic_gradients
-def critic_gradients(critic, prompts, responses, returns, mask):
-    """Step 7. Gradients of value_loss for the critic's parameters.
-
-    One forward and one backward pass.
-
-    prompts (B, P), the others (B, T). Returns (gradients, loss): keyed like the parameters, scalar.
-    Raises ValueError for a mask without a real token. Source: Schulman et al. 2017, section 5, by the chain rule.
-    """
-    inputs, head = response_inputs(prompts, responses), critic["head"]
-    hidden, context = backbone_and_context(critic, inputs)  # (B, S, D) both
-    states = hidden[:, prompts.shape[1] - 1 :]  # (B, T, D)
-    loss, d_values = value_loss((states @ head)[..., 0], returns, mask)
-    d_head = states.reshape(-1, len(head)).T @ d_values.reshape(-1, 1)  # (D, B * T) @ (B * T, 1)
-    d_hidden = np.zeros_like(hidden)
-    d_hidden[:, prompts.shape[1] - 1 :] = d_values[..., None] * head[:, 0]
-    return {**backbone_gradients(critic, inputs, hidden, context, d_hidden), "head": d_head}, loss
-
-
-# ANCHOR_END: critic_gradients
-
-
-# ANCHOR: adam_step
-def adam_step(params, gradients, state, learning_rate):
-    """Step 7. One Adam update, IN PLACE.
-
-    Changes params and state, returns None.
-
-    m = 0.9 m + 0.1 g    v = 0.999 v + 0.001 g²    p -= rate * m̂ / (sqrt(v̂) + 1e-8)
-
-    with m̂ = m / (1 - 0.9^t) and v̂ = v / (1 - 0.999^t). params and gradients share their keys and shapes;
-    state starts as {} and holds t, m and v. Raises ValueError for shapes that differ.
-    Source: Kingma & Ba 2015, algorithm 1.
-    """
-    for name, gradient in gradients.items():
-        if gradient.shape != params[name].shape:
-            raise ValueError(f"gradients: {name} has shape {gradient.shape}, its parameter {params[name].shape}")
-    if not state:
-        state.update(t=0, m={}, v={})
-        for name, param in params.items():
-            state["m"][name], state["v"][name] = np.zeros_like(param), np.zeros_like(param)
-    state["t"] += 1
-    rate, v_scale = learning_rate / (1 - 0.9 ** state["t"]), 1 - 0.999 ** state["t"]
-    for name, gradient in gradients.items():
-        every = [np.atleast_1d(x) for x in (params[name], gradient, state["m"][name], state["v"][name])]
-        step = max(1, 32768 * len(every[0]) // max(1, gradient.size))
-        for start in range(0, len(every[0]), step):  # in blocks that stay in the processor's cache
-            p, g, m, v = (x[start : start + step] for x in every)
-            m += 0.1 * (g - m)
-            v += 0.001 * (g**2 - v)
-            p -= rate * m / (np.sqrt(v / v_scale) + 1e-8)
-
-
-# ANCHOR_END: adam_step
-
-
-def exact_kl(logits, logprobs, reference, ref_logprobs, prompts, responses):
-    """KL(actor || reference) of each token's whole distribution: Σ over v of p(v) (log p(v) - log q(v)).
-
-    For the walk-through only: training samples one token where this needs V. With log p(v) = logits[v] - log Z,
-    and the same for q, it is E_p[logits] - log Z - E_p[ref_logits] + log Z_ref. Both log Z follow from the
-    sampled token, and E_p[ref_logits] = state · Σ p(v) head[:, v], so that no second (N, V) matrix is needed.
-    logits (B, T, V), logprobs and ref_logprobs (B, T). Returns (B, T) in nats, without meaning at padding.
-    """
-    states, head = response_states(reference, prompts, responses), reference["head"]
-    log_z = np.take_along_axis(logits, responses[..., None], axis=2)[..., 0] - logprobs  # (B, T, V) -> (B, T)
-    ref_log_z = np.einsum("btd,dbt->bt", states, head[:, responses]) - ref_logprobs
-    kl = ref_log_z - log_z
-    for row in range(len(kl)):
-        probs = logits[row] - log_z[row][:, None]  # (T, V)
-        np.exp(probs, out=probs)
-        kl[row] += np.einsum("tv,tv->t", probs, logits[row])
-        kl[row] -= np.einsum("td,td->t", probs @ head.T, states[row])
-        del probs  # so that the next row's take its place
-    return np.maximum(kl, 0)  # less is rounding
-
-
-# ------------------------------------------------------------------ 5. the loop
-
+            value, (allowed, holds) = getattr(self, each.name), each.metadata["rule"]
+            if not holds(value):
+                raise ValueError(f"--{each.name.replace('_', '-')}: {value!r} is not {allowed}")
+        if self.advantage != "gae" and self.batch_size % self.group_size:
+            raise ValueError(f"--batch-size: {self.batch_size} is no multiple of --group-size, {self.group_size}")
+
+    @property
+    def readable(self):
+        """Whether tokens are letters, which the human can read and judge."""
+        return self.vocab_size == len(LETTERS)
+
+# ------------------------------------------------------------------ 3. the loop
 
 # ANCHOR: core_loop
 def core_loop(models, config, rng):
     """The seven steps, config.steps times: RLHF with PPO.
 
-    A generator of named arrays, a dict for each of the seven. Whoever drains it decides what to do with
-    them: show, wait, save or only train. The actor and the critic in models change in place; the reward
-    model and the reference never do.
+    A generator of named arrays, a dict for each of the seven: whoever drains it decides
+    whether to show, save or only train. Actor and critic change in place, reward model
+    and reference never do. With rloo or grpo there is no critic (None), and each prompt
+    gets a group of responses.
     """
     actor, critic, reward_model, reference = models
     actor_state, critic_state, eos_token = {}, {}, config.vocab_size - 1
+    group_size = 1 if critic else config.group_size
     for step in range(config.steps):
         # 1. Sample prompts
-        prompts = sample_prompts(rng, config.batch_size, config.prompt_length, config.vocab_size)
+        count = config.batch_size // group_size
+        prompts = sample_prompts(rng, count, config.prompt_length, config.vocab_size)
+        prompts = np.repeat(prompts, group_size, axis=0)  # (count, P) -> (B, P)
         yield {"prompts": prompts}
 
         # 2. Generate
         responses, mask, old_logprobs, logits = generate(
-            actor, prompts, config.response_length, rng, eos_token, keep_logits=config.steps == 1
+            actor, prompts, config.response_length, rng, eos_token, config.steps == 1
         )
-        yield {"responses": responses, "mask": mask, "old_logprobs": old_logprobs, "logits": logits}
+        yield {"responses": responses, "mask": mask,
+               "old_logprobs": old_logprobs, "logits": logits}
         del logits  # only shown, and the largest array of all
 
         # 3. Score
@@ -702,10 +172,16 @@ def core_loop(models, config, rng):
         yield {"rewards": rewards}
 
         # 6. Advantages
-        values = critic_values(critic, prompts, responses) * mask
-        advantages, returns = gae(rewards, values, mask, config.gamma, config.lam)
-        whitened = whiten(advantages, mask)
-        yield {"values": values, "advantages": advantages, "returns": returns, "whitened": whitened}
+        if critic:
+            values = critic_values(critic, prompts, responses) * mask
+            advantages, returns = gae(rewards, values, mask, config.gamma, config.lam)
+            besides = {"values": values, "returns": returns}
+        else:
+            advantages = group_advantages(rewards, mask, group_size, config.advantage)
+            besides = {}
+        grpo = config.advantage == "grpo"  # has scaled them, group by group
+        whitened = advantages if grpo else whiten(advantages, mask)
+        yield {**besides, "advantages": advantages, "whitened": whitened}
 
         # 7. PPO update
         learning_rate = config.learning_rate * (1 - step / config.steps)
@@ -715,99 +191,674 @@ def core_loop(models, config, rng):
                 actor, prompts, responses, old_logprobs, whitened, mask, config.clip
             )
             adam_step(actor, gradients, actor_state, learning_rate)
-            gradients, critic_loss = critic_gradients(critic, prompts, responses, returns, mask)
-            adam_step(critic, gradients, critic_state, learning_rate)
             actor_losses.append(actor_loss)
-            critic_losses.append(critic_loss)
             ratios.append(ratio)
-        yield {
-            "ratio": np.stack(ratios),  # (epochs, B, T)
-            "actor_loss": np.array(actor_losses),
-            "critic_loss": np.array(critic_losses),
-            "learning_rate": np.array(learning_rate),
-        }
-
+            if critic:
+                gradients, critic_loss = critic_gradients(
+                    critic, prompts, responses, returns, mask
+                )
+                adam_step(critic, gradients, critic_state, learning_rate)
+                critic_losses.append(critic_loss)
+        yield {"ratio": np.stack(ratios), "actor_loss": np.array(actor_losses),
+               "critic_loss": np.array(critic_losses), "lr": np.array(learning_rate)}
 
 # ANCHOR_END: core_loop
 
+# ------------------------------------------------------------------ 4. the seven steps
+
+# ANCHOR: sample_prompts
+def sample_prompts(rng, batch_size, prompt_length, vocab_size):
+    """Step 1. Draw random prompts, without the end token.
+
+    Returns (B, P) int, each from 0 to V - 2: token V - 1 ends a text.
+    Source: x ~ D in Ziegler et al. 2019, section 2.
+    """
+    return rng.integers(0, vocab_size - 1, size=(batch_size, prompt_length))
+# ANCHOR_END: sample_prompts
+
+# ANCHOR: generate
+def generate(actor, prompts, response_length, rng, eos_token, keep_logits=True):
+    """Step 2. Sample a response to each prompt, token by token.
+
+    token[t] ~ softmax(hidden[P - 1 + t] @ head), temperature 1
+
+    The context is a running sum, so that each token costs one position, not the whole
+    sequence: what a key-value cache does for a transformer.
+
+    prompts (B, P) int. Returns (responses, mask, logprobs, logits):
+    responses (B, T) int, filled with eos_token after the end; mask (B, T), 1 up to and
+    including the first end token; logprobs (B, T) in nats, 0 where the mask is 0;
+    logits (B, T, V) or None. Source: Radford et al. 2018 (GPT), equations 1 and 2.
+    """
+    (batch_size, prompt_length), head = prompts.shape, actor["head"]
+    responses = np.full((batch_size, response_length), eos_token)
+    mask, logprobs = np.zeros((2, *responses.shape), dtype=head.dtype)
+    logits = None
+    if keep_logits:
+        logits = np.empty((*responses.shape, head.shape[1]), dtype=head.dtype)
+    context_sum = actor["embed"][prompts].sum(axis=1)  # (B, P, D) -> (B, D)
+    token, running = prompts[:, -1], np.ones(batch_size, dtype=bool)
+    for t in range(response_length):
+        context = context_sum / (prompt_length + t) ** 0.5
+        hidden = np.tanh(actor["embed"][token] + context @ actor["mix"])  # (B, D)
+        token_logits = hidden @ head  # (B, D) -> (B, V)
+        sampled, logprob = sample_tokens(token_logits, rng)  # (B, V) -> (B,)
+        token = np.where(running, sampled, eos_token)
+        responses[:, t], mask[:, t], logprobs[:, t] = token, running, running * logprob
+        if keep_logits:
+            logits[:, t] = token_logits
+        running = token != eos_token
+        context_sum = context_sum + actor["embed"][token]
+    return responses, mask, logprobs, logits
+# ANCHOR_END: generate
+
+# ANCHOR: score_responses
+def score_responses(reward_model, prompts, responses, mask):
+    """Step 3. Score each response by one real number.
+
+    score = hidden[last real token] @ head, plus the bias of a trained model
+
+    prompts (B, P), responses (B, T), mask (B, T). Returns scores (B,).
+    Raises ValueError for shapes that differ or a mask with an empty row.
+    Source: InstructGPT (Ouyang et al. 2022), section 3.5.
+    """
+    if mask.shape != responses.shape or not mask.any(axis=1).all():
+        raise ValueError("mask: needs the shape of responses, and a 1 in each row")
+    hidden, _ = backbone(reward_model, np.concatenate([prompts, responses], axis=1))
+    last = hidden[np.arange(len(mask)), last_positions(prompts, mask)]  # -> (B, D)
+    return (last @ reward_model["head"])[:, 0] + reward_model.get("bias", 0.0)
+# ANCHOR_END: score_responses
+
+# ANCHOR: token_logprobs
+def token_logprobs(model, prompts, responses):
+    """Step 4. Log probability of each response token, in one forward pass.
+
+    logprob[t] = log softmax(hidden[P - 1 + t] @ head)[responses[t]]
+
+    prompts (B, P), responses (B, T). Returns (B, T) in nats, padding not masked.
+    Source: Radford et al. 2018 (GPT), equations 1 and 2.
+    """
+    hidden, _ = backbone(model, response_inputs(prompts, responses))  # (B, S, D)
+    states = hidden[:, prompts.shape[1] - 1 :]  # (B, S, D) -> (B, T, D)
+    logprobs, _ = chosen_logprobs(states, model["head"], responses)  # (B, T)
+    return logprobs
+# ANCHOR_END: token_logprobs
+
+# ANCHOR: kl_penalty
+def kl_penalty(logprobs, ref_logprobs, estimator="k1"):
+    """Step 4. Estimate KL(actor || reference), token by token.
+
+    k1 = lp - ref    k2 = (lp - ref)² / 2    k3 = exp(ref - lp) - 1 - (ref - lp)
+
+    k1 and k3 have the KL as their mean, k2 nearly; k1 may be negative on a token, the
+    others never. In the reward only k1 trains RLHF: a reward moves the policy along
+    E[∇ log p * kl], which is ∇ KL for k1, but for k2 and k3 vanishes to first order
+    where actor and reference are equal: with these the actor drifts off.
+
+    logprobs, ref_logprobs (B, T) in nats. Returns (B, T) in nats.
+    Raises ValueError for shapes that differ or an unknown estimator.
+    Source: Schulman 2020, "Approximating KL Divergence".
+    """
+    if logprobs.shape != ref_logprobs.shape:
+        raise ValueError("logprobs, ref_logprobs: shapes differ")
+    difference = logprobs - ref_logprobs
+    if estimator == "k1":
+        return difference
+    if estimator == "k2":
+        return difference**2 / 2
+    if estimator == "k3":
+        return np.expm1(-difference) + difference
+    raise ValueError(f"estimator: {estimator!r} is not k1, k2 or k3")
+# ANCHOR_END: kl_penalty
+
+# ANCHOR: shape_rewards
+def shape_rewards(scores, kl, mask, beta):
+    """Step 5. Merge score and KL penalty into a reward per token.
+
+    reward[t] = -beta * kl[t], and the score on top of it at the last real token, where
+    the response is complete and can be judged. A row's sum is score - beta * its KL.
+
+    scores (B,), kl (B, T) in nats, mask (B, T), beta in score per nat.
+    Returns (B, T), 0 at padding.
+    Raises ValueError for shapes that do not fit or a mask with an empty row.
+    Source: Ziegler et al. 2019, equation 2.
+    """
+    if kl.shape != mask.shape or scores.shape != mask.shape[:1]:
+        raise ValueError("scores, kl, mask: shapes are not (B,), (B, T), (B, T)")
+    real = mask.astype(bool)
+    if not real.any(axis=1).all():
+        raise ValueError("mask: a row without a real token has no place for its score")
+    last = real.shape[1] - 1 - real[:, ::-1].argmax(axis=1)  # (B, T) -> (B,)
+    rewards = np.zeros(kl.shape, dtype=np.result_type(scores, kl))
+    rewards[np.arange(len(last)), last] = scores
+    return rewards - float(beta) * np.where(real, kl, 0)
+# ANCHOR_END: shape_rewards
+
+# ANCHOR: critic_values
+def critic_values(critic, prompts, responses):
+    """Step 6. Predict the return of each state: the reward still to come from there.
+
+    value[t] = hidden[P - 1 + t] @ head: the state before token t is chosen
+
+    prompts (B, P), responses (B, T). Returns (B, T), in units of reward, padding not
+    masked. Source: V in Schulman et al. 2016, section 2.
+    """
+    hidden, _ = backbone(critic, response_inputs(prompts, responses))  # (B, S, D)
+    states = hidden[:, prompts.shape[1] - 1 :]  # (B, S, D) -> (B, T, D)
+    return (states @ critic["head"])[..., 0]  # (B, T, D) -> (B, T)
+# ANCHOR_END: critic_values
+
+# ANCHOR: gae
+def gae(rewards, values, mask, gamma, lam):
+    """Step 6. Generalized advantage estimation.
+
+    δ[t] = reward[t] + γ value[t + 1] - value[t]
+    advantage[t] = δ[t] + γ λ advantage[t + 1]
+    return[t] = advantage[t] + value[t]
+
+    t + 1 is the next real token; past the last one, value and advantage are 0.
+    λ = 0 leaves δ, the TD error; λ = 1 is the Monte Carlo return minus the value.
+    rewards, values, mask (B, T); gamma, lam in [0, 1].
+    Returns (advantages, returns), (B, T), 0 at padding.
+    Raises ValueError for shapes that differ.
+    Source: Schulman et al. 2016, equations 11 and 16 to 18.
+    """
+    if not rewards.shape == values.shape == mask.shape:
+        raise ValueError("rewards, values, mask: shapes differ")
+    real = mask.astype(bool)
+    rewards, values = np.where(real, rewards, 0.0), np.where(real, values, 0.0)
+    advantages = np.zeros(mask.shape, dtype=np.result_type(rewards, values))
+    next_value = next_advantage = np.zeros(len(mask), dtype=advantages.dtype)
+    for t in reversed(range(mask.shape[1])):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        advantages[:, t] = delta + gamma * lam * next_advantage
+        next_advantage = np.where(real[:, t], advantages[:, t], next_advantage)
+        next_value = np.where(real[:, t], values[:, t], next_value)
+    advantages = np.where(real, advantages, 0.0)
+    return advantages, advantages + values
+# ANCHOR_END: gae
+
+# ANCHOR: group_advantages
+def group_advantages(rewards, mask, group_size, method):
+    """Step 6 without a critic. Compare each response with the others to its prompt.
+
+    With R the sum of a response's rewards, and the mean over its group:
+
+    rloo: R - mean of the other R's
+    grpo: (R - mean) / (unbiased standard deviation + 1e-6)
+
+    rewards, mask (B, T), a group in group_size adjacent rows; method "rloo" or "grpo".
+    Returns (B, T), the same for all of a response's real tokens, 0 at padding.
+    Raises ValueError for shapes that differ, a group of one, rows that are no whole
+    groups, or an unknown method.
+    Source: Ahmadian et al. 2024, section 3; Shao et al. 2024, section 4.1.2.
+    """
+    if rewards.shape != mask.shape or group_size < 2 or len(mask) % group_size:
+        raise ValueError("rewards, mask: shapes differ, or no whole groups of 2 and up")
+    if method not in ("rloo", "grpo"):
+        raise ValueError(f"method: {method!r} is not rloo or grpo")
+    rewards = np.where(mask, rewards, 0.0)
+    totals = rewards.sum(axis=1, dtype=np.float64).reshape(-1, group_size)  # (B / G, G)
+    if method == "rloo":
+        others = (totals.sum(axis=1, keepdims=True) - totals) / (group_size - 1)
+        advantages = totals - others
+    else:
+        centered = totals - totals.mean(axis=1, keepdims=True)
+        advantages = centered / (totals.std(axis=1, ddof=1, keepdims=True) + 1e-6)
+    advantages = advantages.reshape(-1, 1).astype(rewards.dtype)  # (B / G, G) -> (B, 1)
+    return np.where(mask, advantages, 0.0)  # (B, 1) -> (B, T)
+# ANCHOR_END: group_advantages
+
+# ANCHOR: whiten
+def whiten(x, mask):
+    """Step 6. Shift and scale to mean 0 and variance 1.
+
+    Over the real tokens: (x - mean) / sqrt(variance + 1e-8), the variance unbiased
+    (divided by n - 1). The sums are in float64: in float32 equal numbers would differ.
+
+    x, mask (B, T). Returns (B, T), 0 at padding.
+    Raises ValueError for shapes that differ or no real token.
+    Source: masked_whiten in TRL.
+    """
+    if x.shape != mask.shape or not mask.any():
+        raise ValueError("mask: needs the shape of x, and a real token")
+    real = x[mask.astype(bool)].astype(np.float64)  # (B, T) -> (N,)
+    variance = real.var(ddof=min(1, len(real) - 1))
+    centered = np.where(mask, x, 0.0) - float(real.mean())
+    return np.where(mask, centered / float(np.sqrt(variance + 1e-8)), 0.0)
+# ANCHOR_END: whiten
+
+# ANCHOR: ppo_loss
+def ppo_loss(new_logprobs, old_logprobs, advantages, mask, clip):
+    """Step 7. PPO's clipped policy loss and its derivative.
+
+    ratio = exp(new - old)
+    loss = mean over real tokens of -min(ratio * A, clip(ratio, 1 - clip, 1 + clip) * A)
+    d loss / d new = -ratio * A / n where ratio * A is the smaller of the two, else 0
+
+    The minimum takes away the gain, and so the gradient, of moving the ratio past the
+    clip. All (B, T), log probabilities in nats. Returns (loss, d_loss/d_new_logprobs,
+    ratio): scalar, (B, T), (B, T), 0 at padding.
+    Raises ValueError for shapes that differ or no real token.
+    Source: Schulman et al. 2017, equation 7.
+    """
+    if not new_logprobs.shape == old_logprobs.shape == advantages.shape == mask.shape:
+        raise ValueError("new_logprobs, old_logprobs, advantages, mask: shapes differ")
+    if not mask.any():
+        raise ValueError("mask: no real token to learn from")
+    n = int(np.count_nonzero(mask))
+    log_ratio = np.where(mask, new_logprobs, 0) - np.where(mask, old_logprobs, 0)
+    ratio = np.where(mask, np.exp(log_ratio), 0.0)
+    advantages = np.where(mask, advantages, 0)
+    unclipped = ratio * advantages
+    clipped = np.clip(ratio, 1 - float(clip), 1 + float(clip)) * advantages
+    loss = -np.minimum(unclipped, clipped).sum() / n
+    return loss, np.where(unclipped <= clipped, -unclipped, 0.0) / n, ratio
+# ANCHOR_END: ppo_loss
+
+# ANCHOR: value_loss
+def value_loss(values, returns, mask):
+    """Step 7. The critic's mean squared error and its derivative.
+
+    loss = mean over real tokens of (value - return)²
+    d loss / d value = 2 (value - return) / n
+
+    All (B, T). Returns (loss, d_loss/d_values): scalar, (B, T), 0 at padding.
+    Raises ValueError for shapes that differ or no real token.
+    Source: Schulman et al. 2017, section 5 (L^VF).
+    """
+    if not values.shape == returns.shape == mask.shape or not mask.any():
+        raise ValueError("values, returns, mask: shapes differ, or no real token")
+    n = int(np.count_nonzero(mask))
+    error = np.where(mask, values, 0) - np.where(mask, returns, 0)
+    return (error**2).sum() / n, 2 * error / n
+# ANCHOR_END: value_loss
+
+# ANCHOR: actor_gradients
+def actor_gradients(actor, prompts, responses, old_logprobs, advantages, mask, clip):
+    """Step 7. Gradients of ppo_loss for the actor's parameters.
+
+    Forward, loss, backward, with
+    d loss / d logits = d_loss/d_new_logprob * (one-hot of the token - softmax(logits))
+
+    prompts (B, P), the others (B, T). Returns (gradients, loss, ratio): keyed like the
+    parameters, scalar, (B, T) with 0 at padding.
+    Raises ValueError for shapes that differ or no real token.
+    Source: Schulman et al. 2017, equation 7, by the chain rule.
+    """
+    inputs, head = response_inputs(prompts, responses), actor["head"]
+    hidden, context = backbone(actor, inputs)  # (B, S, D) both
+    states = hidden[:, prompts.shape[1] - 1 :]  # (B, S, D) -> (B, T, D)
+    new_logprobs, log_sums = chosen_logprobs(states, head, responses)  # (B, T) both
+
+    loss, d_new_logprobs, ratio = ppo_loss(
+        new_logprobs, old_logprobs, advantages, mask, clip
+    )
+
+    d_states, d_head = chosen_logprobs_gradients(
+        states, head, responses, log_sums, d_new_logprobs
+    )
+    d_hidden = np.zeros_like(hidden)
+    d_hidden[:, prompts.shape[1] - 1 :] = d_states  # (B, T, D) -> (B, S, D)
+    gradients = backbone_gradients(actor, inputs, hidden, context, d_hidden)
+    return {**gradients, "head": d_head}, loss, ratio
+# ANCHOR_END: actor_gradients
+
+# ANCHOR: critic_gradients
+def critic_gradients(critic, prompts, responses, returns, mask):
+    """Step 7. Gradients of value_loss for the critic's parameters.
+
+    prompts (B, P), the others (B, T). Returns (gradients, loss): keyed like the
+    parameters, scalar. Raises ValueError for shapes that differ or no real token.
+    Source: Schulman et al. 2017, section 5, by the chain rule.
+    """
+    inputs, head = response_inputs(prompts, responses), critic["head"]
+    hidden, context = backbone(critic, inputs)  # (B, S, D) both
+    states = hidden[:, prompts.shape[1] - 1 :]  # (B, S, D) -> (B, T, D)
+    values = (states @ head)[..., 0]  # (B, T, D) -> (B, T)
+
+    loss, d_values = value_loss(values, returns, mask)
+
+    d_head = np.einsum("btd,bt->d", states, d_values)[:, None]  # (D, 1)
+    d_hidden = np.zeros_like(hidden)
+    d_hidden[:, prompts.shape[1] - 1 :] = d_values[..., None] * head[:, 0]
+    gradients = backbone_gradients(critic, inputs, hidden, context, d_hidden)
+    return {**gradients, "head": d_head}, loss
+# ANCHOR_END: critic_gradients
+
+# ANCHOR: adam_step
+def adam_step(params, gradients, state, learning_rate):
+    """Step 7. One Adam update, IN PLACE: changes params and state, returns None.
+
+    m = 0.9 m + 0.1 g    v = 0.999 v + 0.001 g²    p -= rate * m̂ / (sqrt(v̂) + 1e-8)
+
+    with m̂ = m / (1 - 0.9^t) and v̂ = v / (1 - 0.999^t). params and gradients share
+    keys and shapes; state starts as {} and holds t, m and v.
+    Raises ValueError for shapes that differ.
+    Source: Kingma & Ba 2015, algorithm 1.
+    """
+    for name, g in gradients.items():
+        if g.shape != params[name].shape:
+            raise ValueError(f"gradients: {name} has not its parameter's shape")
+    t = state["t"] = state.get("t", 0) + 1
+    ms, vs = state.setdefault("m", {}), state.setdefault("v", {})
+    for name, g in gradients.items():
+        m = ms[name] = 0.9 * ms.get(name, 0) + 0.1 * g
+        v = vs[name] = 0.999 * vs.get(name, 0) + 0.001 * g**2
+        m_hat, v_hat = m / (1 - 0.9**t), v / (1 - 0.999**t)
+        params[name] -= learning_rate * m_hat / (np.sqrt(v_hat) + 1e-8)
+# ANCHOR_END: adam_step
+
+# ------------------------------------------------------------------ 5. before the loop: human feedback
+
+# ANCHOR: human_scores
+def human_scores(responses, mask, vocab_size):
+    """What the simulated human thinks of each response: the gold reward.
+
+    (1 - |2 v - 1|) * distinct letters / letters, v the share of vowels among them
+
+    Best are words that mix vowels and consonants evenly and repeat no letter. Tokens
+    from 0 are a, b, ...; token V - 1 ends the word and is no letter. Training never
+    sees these scores.
+
+    responses, mask (B, T). Returns (B,) in [0, 1], 0 for an empty word.
+    Source: the role of the gold reward model in Gao et al. 2023; the rule is ours.
+    """
+    real = mask.astype(bool) & (responses != vocab_size - 1)  # (B, T)
+    vowels = (np.isin(responses, [0, 4, 8, 14, 20]) & real).sum(axis=1)  # a, e, i, o, u
+    distinct = [len(set(word[kept])) for word, kept in zip(responses, real)]
+    letters = np.maximum(real.sum(axis=1), 1)
+    return (1 - abs(2 * vowels / letters - 1)) * distinct / letters
+# ANCHOR_END: human_scores
+
+# ANCHOR: collect_preferences
+def collect_preferences(reference, config, rng):
+    """Show the human two responses of the reference to each prompt, and let it choose.
+
+    P(the first is chosen) = sigmoid(8 (human(first) - human(second)))
+
+    so that labels are noisy, as people's are. With N = config.preference_pairs, returns
+    (prompts, responses, mask) of 2 N rows: the chosen responses, then the rejected ones
+    in the same order; (2 N, P), (2 N, T), (2 N, T).
+    Source: Bradley & Terry 1952; Christiano et al. 2017, section 2.2.
+    """
+    vocab_size, pairs = config.vocab_size, config.preference_pairs
+    prompts = sample_prompts(rng, pairs, config.prompt_length, vocab_size)
+    prompts = np.concatenate([prompts, prompts])  # (N, P) -> (2 N, P)
+    responses, mask, _, _ = generate(
+        reference, prompts, config.response_length, rng, vocab_size - 1, False
+    )
+    first, second = np.split(human_scores(responses, mask, vocab_size), 2)  # (N,) both
+    first_wins = rng.random(pairs) < 1 / (1 + np.exp(-8 * (first - second)))
+    chosen = np.arange(pairs) + np.where(first_wins, 0, pairs)
+    rejected = np.arange(pairs) + np.where(first_wins, pairs, 0)
+    order = np.concatenate([chosen, rejected])
+    return prompts, responses[order], mask[order]
+# ANCHOR_END: collect_preferences
+
+# ANCHOR: preference_loss
+def preference_loss(chosen, rejected):
+    """How badly scores explain the human's choices: the Bradley-Terry loss.
+
+    loss = mean of -log sigmoid(chosen - rejected)
+    d loss / d chosen = -sigmoid(rejected - chosen) / n = -d loss / d rejected
+
+    chosen, rejected (N,): the scores of both responses of each pair.
+    Returns (loss, d_chosen, d_rejected): scalar in nats, (N,), (N,).
+    Raises ValueError for shapes that differ or no pair.
+    Source: Stiennon et al. 2020, section 3.4; InstructGPT, equation 1.
+    """
+    if chosen.shape != rejected.shape or not chosen.size:
+        raise ValueError("chosen, rejected: shapes differ, or no pair")
+    losses = np.logaddexp(0, rejected - chosen)  # -log sigmoid(x) = log(1 + exp(-x))
+    d_rejected = np.exp(rejected - chosen - losses) / len(losses)  # a sigmoid
+    return losses.mean(), -d_rejected, d_rejected
+# ANCHOR_END: preference_loss
+
+# ANCHOR: reward_gradients
+def reward_gradients(reward_model, prompts, responses, mask):
+    """Gradients of preference_loss for the reward model's parameters.
+
+    prompts (2 N, P), responses, mask (2 N, T), the chosen first, as collect_preferences
+    returns them. Returns (gradients, loss): keyed like the parameters, scalar.
+    Source: InstructGPT, equation 1, by the chain rule.
+    """
+    tokens, head = np.concatenate([prompts, responses], axis=1), reward_model["head"]
+    hidden, context = backbone(reward_model, tokens)  # (2 N, P + T, D) both
+    last = last_positions(prompts, mask)  # (2 N,)
+    rows = np.arange(len(last))
+    scores = hidden[rows, last] @ head[:, 0]  # (2 N, D) -> (2 N,)
+    chosen, rejected = np.split(scores, 2)  # (N,) both
+
+    loss, d_chosen, d_rejected = preference_loss(chosen, rejected)
+
+    d_scores = np.concatenate([d_chosen, d_rejected])[:, None]  # (2 N, 1)
+    d_hidden = np.zeros_like(hidden)
+    d_hidden[rows, last] = d_scores * head[:, 0]  # (2 N, D)
+    gradients = backbone_gradients(reward_model, tokens, hidden, context, d_hidden)
+    return {**gradients, "head": hidden[rows, last].T @ d_scores}, loss
+# ANCHOR_END: reward_gradients
+
+# ANCHOR: train_reward_model
+def train_reward_model(reward_model, prompts, responses, mask, rng):
+    """Learn to score as the human chose.
+
+    200 Adam updates on 128 pairs each, from the given weights: the reference's backbone
+    and a random head. Then scores are shifted and scaled to mean 0 and standard
+    deviation 1 over these responses, and the model is frozen.
+
+    prompts, responses, mask: as collect_preferences returns them.
+    Returns (reward_model, losses): a new model, with a bias besides, and (200,).
+    Source: Stiennon et al. 2020, section 3.4; InstructGPT, section 3.5.
+    """
+    reward_model = {name: weights.copy() for name, weights in reward_model.items()}
+    pairs, state, losses = len(prompts) // 2, {}, []
+    for learning_rate in np.linspace(2e-3, 0, 200, endpoint=False):
+        chosen = rng.integers(0, pairs, size=128)
+        rows = np.concatenate([chosen, chosen + pairs])  # (256,): each pair's two rows
+        gradients, loss = reward_gradients(
+            reward_model, prompts[rows], responses[rows], mask[rows]
+        )
+        adam_step(reward_model, gradients, state, float(learning_rate))
+        losses.append(loss)
+    scores = np.float64(score_responses(reward_model, prompts, responses, mask))
+    reward_model["head"] /= scores.std()
+    bias = -scores.mean() / scores.std()
+    reward_model["bias"] = np.array([bias], dtype=reward_model["head"].dtype)
+    return reward_model, np.array(losses)
+# ANCHOR_END: train_reward_model
+
+# ------------------------------------------------------------------ 6. the models and their gradients
+
+class Models(NamedTuple):
+    """The four models of RLHF. Two learn, two are frozen; without a critic that is None."""
+
+    actor: dict
+    critic: dict | None
+    reward_model: dict
+    reference: dict
+
+def init_weights(rng, rows, columns, deviation):
+    """Draw a float32 matrix uniformly around 0 with the given standard deviation."""
+    return (rng.random((rows, columns), dtype=np.float32) - np.float32(0.5)) * np.float32(12**0.5 * deviation)
+
+def init_model(rng, vocab_size, width, out_width, scale=1.0):
+    """Draw a model: backbone (embed, mix) and head, float32.
+
+    Returns {"embed": (V, D), "mix": (D, D), "head": (D, out_width)}. The context outweighs the current
+    token, so that a late token's state still depends on the whole text.
+    """
+    return {
+        "embed": init_weights(rng, vocab_size, width, 0.1),
+        "mix": init_weights(rng, width, width, 5 / width**0.5),
+        "head": init_weights(rng, width, out_width, scale / width**0.5),
+    }
+
+def init_models(config, rng):
+    """Start all four from one backbone, as RLHF starts them from one fine-tuned model.
+
+    drift sets the actor off the reference, and the critic's head off zero, as training would.
+    The reward model's head is random, its scores of about deviation 1, until one is trained.
+    """
+    sizes, drift = (config.vocab_size, config.width), np.float32(config.drift)
+    reference = init_model(rng, *sizes, config.vocab_size)
+    noise = init_model(rng, *sizes, config.vocab_size)
+    critic, reward_model = ({"embed": reference["embed"].copy(), "mix": reference["mix"].copy()} for _ in range(2))
+    critic["head"] = drift * init_weights(rng, config.width, 1, 1 / config.width**0.5)
+    reward_model["head"] = init_weights(rng, config.width, 1, 3 / config.width**0.5)
+    actor = {name: reference[name] + drift * noise[name] for name in reference}
+    return Models(actor, critic if config.advantage == "gae" else None, reward_model, reference)
+
+def response_inputs(prompts, responses):
+    """The tokens from which the response is predicted: all but the last. (B, P), (B, T) -> (B, P + T - 1).
+
+    Response token t is predicted one position to its left, at P - 1 + t.
+    """
+    return np.concatenate([prompts, responses[:, :-1]], axis=1)
+
+def last_positions(prompts, mask):
+    """Where in prompt and response the last real token stands. (B, P), (B, T) -> (B,)."""
+    return prompts.shape[1] + mask.shape[1] - 1 - mask[:, ::-1].astype(bool).argmax(axis=1)
+
+def backbone(model, tokens):
+    """Hidden states of a causal one-layer model.
+
+    context[t] = sum(embed[x[0..t]]) / sqrt(t + 1): attention to every token so far equally; the root, not
+    t + 1, so that it keeps its variance
+    hidden[t] = tanh(embed[x[t]] + context[t] @ mix)
+
+    tokens (B, S) int. Returns (hidden, context), (B, S, D) both.
+    """
+    x = model["embed"][tokens]  # (B, S) -> (B, S, D)
+    context = np.cumsum(x, axis=1) / position_roots(x)
+    return np.tanh(x + context @ model["mix"]), context
+
+def backbone_gradients(model, tokens, hidden, context, d_hidden):
+    """Gradients of a loss with respect to embed and mix, given d_hidden = d loss / d hidden (B, S, D)."""
+    d_before = d_hidden * (1 - hidden**2)  # through tanh
+    d_mix = np.einsum("bsd,bse->de", context, d_before, optimize=True)
+    d_sums = d_before @ model["mix"].T / position_roots(hidden)  # through mix and the root
+    d_x = d_before + np.cumsum(d_sums[:, ::-1], axis=1)[:, ::-1]  # x[t] is in the sum of every later position
+    return {"embed": sum_by_token(tokens, d_x, len(model["embed"])), "mix": d_mix}
+
+def position_roots(x):
+    """sqrt(t + 1) for each position t of x (B, S, D). Returns (S, 1)."""
+    return np.sqrt(np.arange(1, x.shape[1] + 1, dtype=x.dtype))[:, None]
+
+def log_softmax(logits):
+    """log(exp(logits) / Σ exp(logits)) over the last axis, in a form that cannot overflow."""
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+def sample_tokens(logits, rng):
+    """Draw a token for each row from softmax(logits). (B, V) -> tokens, logprobs (B,)."""
+    logprobs = log_softmax(logits)
+    cumulative = np.cumsum(np.exp(logprobs), axis=1, dtype=np.float64)  # in float32 the tail would be lost
+    draws = (1 - rng.random(len(logits))) * cumulative[:, -1]  # above 0: what has no probability is never drawn
+    tokens = (cumulative >= draws[:, None]).argmax(axis=1)  # the first that reaches its draw
+    return tokens, logprobs[np.arange(len(tokens)), tokens]
+
+# What is here for speed, and nowhere else: the logits of all tokens, an (N, V) matrix, would cost more in fresh
+# memory than in arithmetic. The two functions below see it in slices of the vocabulary that stay in the processor's
+# cache, and the line after them lets the C library keep freed arrays of up to that size for the next.
+
+SLICE = 1_000_000  # numbers: 4 MB
+
+def chosen_logprobs(states, head, tokens):
+    """log softmax(states @ head) of the chosen tokens: state · head[token] - log Σ exp(state · head[v]).
+
+    states (B, T, D), head (D, V), tokens (B, T). Returns (logprobs, log_sums), (B, T) both, in nats; the
+    gradients need the second.
+    """
+    flat = states.reshape(-1, states.shape[-1])  # (B, T, D) -> (N, D)
+    log_sums = np.full(len(flat), -np.inf, dtype=states.dtype)
+    for columns in vocabulary_slices(flat, head):
+        logits = flat @ head[:, columns]  # (N, D) -> (N, v)
+        highest = logits.max(axis=1)
+        logits -= highest[:, None]
+        sums = np.exp(logits, out=logits).sum(axis=1)
+        log_sums = np.logaddexp(log_sums, highest + np.log(sums))
+    log_sums = log_sums.reshape(tokens.shape)  # (N,) -> (B, T)
+    return np.einsum("btd,dbt->bt", states, head[:, tokens]) - log_sums, log_sums
+
+def chosen_logprobs_gradients(states, head, tokens, log_sums, d_logprobs):
+    """Gradients for states and head, given d_logprobs = d loss / d logprobs (B, T).
+
+    d logprob / d logits = one-hot(token) - softmax. Returns (d_states, d_head), (B, T, D) and (D, V).
+    """
+    flat = states.reshape(-1, states.shape[-1])  # (B, T, D) -> (N, D)
+    scale, log_sums, tokens = d_logprobs.reshape(-1, 1), log_sums.reshape(-1, 1), tokens.ravel()
+    scaled = scale * flat  # (N, D): so that the (N, v) matrix need not be scaled itself
+    d_states, d_head = scale * head.T[tokens], np.empty_like(head)  # the one-hot's share of d_states
+    for columns in vocabulary_slices(flat, head):
+        softmax = flat @ head[:, columns]  # (N, D) -> (N, v)
+        softmax -= log_sums
+        np.exp(softmax, out=softmax)
+        d_states -= scale * (softmax @ head[:, columns].T)  # (N, v) -> (N, D)
+        d_head[:, columns] = -scaled.T @ softmax  # (D, N) @ (N, v)
+    d_head += sum_by_token(tokens, scaled, head.shape[1]).T  # the one-hot's share of d_head
+    return d_states.reshape(states.shape), d_head
+
+def sum_by_token(tokens, rows, vocab_size):
+    """Add up the rows (..., D) of each token, (...) -> (V, D). On flat arrays np.add.at takes a sixth of the time."""
+    width = rows.shape[-1]
+    sums = np.zeros(vocab_size * width, dtype=rows.dtype)
+    np.add.at(sums, (tokens[..., None] * width + np.arange(width)).ravel(), rows.ravel())
+    return sums.reshape(vocab_size, width)
+
+def vocabulary_slices(states, head):
+    """Slices of the vocabulary in which the logits states @ head have at most SLICE numbers, or one column."""
+    step = max(1, SLICE // max(1, len(states)))
+    return [slice(start, start + step) for start in range(0, head.shape[1], step)]
+
+np.empty(8 * SLICE, dtype=np.float32)  # freed at once: from here on glibc keeps what is smaller
+
+# ------------------------------------------------------------------ 7. measuring: nothing here changes a weight
 
 def real_mean(x, mask):
     """Mean over the real tokens of an array that is 0 at padding, (..., B, T) -> (...)."""
     return x.sum(axis=(-2, -1)) / np.count_nonzero(mask)
 
-
 def is_clipped(ratio, advantages, clip):
     """True where clipping takes effect: it lowers the gain and so stops the gradient. (..., B, T)."""
     return ratio * advantages > np.clip(ratio, 1 - clip, 1 + clip) * advantages
 
+def exact_kl(logits, reference, prompts, responses):
+    """KL(actor || reference) over the whole vocabulary: Σ over v of p(v) (log p(v) - log q(v)).
+
+    logits (B, T, V) are the actor's. A response at a time. Returns (B, T) in nats, without meaning at padding.
+    """
+    hidden, _ = backbone(reference, response_inputs(prompts, responses))  # (B, S, D)
+    kl = []
+    for row, states in zip(logits, hidden[:, prompts.shape[1] - 1 :]):
+        log_p, log_q = log_softmax(row), log_softmax(states @ reference["head"])  # (T, V) both
+        kl.append((np.exp(log_p) * (log_p - log_q)).sum(axis=1))
+    return np.stack(kl)
 
 def walk_through(models, config, rng):
     """One step of core_loop, with what a reader wants to see besides. Yields its dicts, with more in them."""
     seen = {}
     for stage in core_loop(models, config, rng):
         seen.update(stage)
-        mask = seen.get("mask")
         if "kl" in stage:
-            logprobs, ref_logprobs = seen["old_logprobs"], seen["ref_logprobs"]
-            texts = seen["prompts"], seen["responses"]
-            exact = exact_kl(seen.pop("logits"), logprobs, models.reference, ref_logprobs, *texts)  # frees them
-            stage["exact_kl"] = np.where(mask, exact, 0)
-            stage["kl_error"] = np.std(stage["kl"], where=mask != 0) / np.count_nonzero(mask) ** 0.5
-            stage["mean_exact_kl"] = real_mean(stage["exact_kl"], mask)
-            stage["negative_fraction"] = real_mean(logprobs < ref_logprobs, mask)
+            logprobs = seen["old_logprobs"], seen["ref_logprobs"]
+            stage |= {estimator: kl_penalty(*logprobs, estimator) for estimator in ("k1", "k2", "k3")}
+            exact = exact_kl(seen.pop("logits"), models.reference, seen["prompts"], seen["responses"])  # frees them
+            stage["exact_kl"] = exact * seen["mask"]
         if "rewards" in stage:
-            stage["kl_per_response"] = seen["kl"].sum(axis=1)
             stage["total_rewards"] = stage["rewards"].sum(axis=1)
-        if "advantages" in stage:  # GAE with lambda 0 is the TD error
-            stage["td_errors"], _ = gae(seen["rewards"], seen["values"], mask, config.gamma, 0.0)
+        if "values" in stage:  # GAE with lambda 0 is the TD error
+            stage["td_errors"], _ = gae(seen["rewards"], seen["values"], seen["mask"], config.gamma, 0.0)
         if "ratio" in stage:
-            stage["ratio_min"] = np.where(mask, stage["ratio"], np.inf).min(axis=(1, 2))
-            stage["ratio_max"] = stage["ratio"].max(axis=(1, 2))
+            check_finite(stage, 1)
             stage["clipped"] = is_clipped(stage["ratio"], seen["whitened"], config.clip)
-            stage["clip_fraction"] = real_mean(stage["clipped"], mask)
-        for name in ("scores", "total_rewards"):
-            if name in stage:
-                stage[f"mean_{name}"] = stage[name].mean()
-        for name in ("old_logprobs", "ref_logprobs", "kl", "values", "advantages", "whitened"):
-            if name in stage:
-                stage[f"mean_{name}"] = real_mean(stage[name], mask)
         yield stage
 
-
-def passes(config):
-    """Forward and backward passes of one step, by model: one pass is one run over all P + T positions.
-
-    The actor's first is the generation, a token at a time with its context kept.
-    """
-    epochs = config.ppo_epochs
-    return {"actor": (1 + epochs, epochs), "critic": (1 + epochs, epochs), "reward_model": (1, 0), "reference": (1, 0)}
-
-
-def step_metrics(data, config, step):
-    """What one step of training is judged by, under TRL's names where it has one; data holds the step's arrays.
-
-    Sums over a response are averaged over the batch; policy/, loss/ and val/ratio over the epochs' real tokens.
-    """
-    mask, ratio, kl = data["mask"], data["ratio"], data["kl"].sum(axis=1).mean()
-    log_ratio = np.log(np.maximum(np.where(mask, ratio, 1), 1e-37))  # (epochs, B, T), finite where exp underflowed
-    score = data["scores"].mean()
-    return {
-        "objective/scores": score,
-        "objective/kl": kl,
-        "objective/entropy": -data["old_logprobs"].sum(axis=1).mean(),
-        "objective/non_score_reward": 0.0 - config.beta * kl,
-        "objective/rlhf_reward": score - config.beta * kl,
-        "policy/approxkl_avg": 0.5 * real_mean(log_ratio**2, mask).mean(),
-        "policy/clipfrac_avg": real_mean(is_clipped(ratio, data["whitened"], config.clip), mask).mean(),
-        "loss/policy_avg": data["actor_loss"].mean(),
-        "loss/value_avg": data["critic_loss"].mean(),
-        "val/ratio": real_mean(ratio, mask).mean(),
-        "val/num_eos_tokens": np.count_nonzero((data["responses"] == config.vocab_size - 1) & (mask != 0)),
-        "val/response_length": np.count_nonzero(mask) / len(mask),
-        "lr": data["learning_rate"],
-        "episode": (step + 1) * config.batch_size,
-    }
-
+def check_finite(stage, step):
+    """Raises FloatingPointError where the losses of a step are not finite."""
+    if not all(np.isfinite(stage[name]).all() for name in ("actor_loss", "critic_loss")):
+        cure = "an update was too large; try a lower --learning-rate, --beta or --drift"
+        raise FloatingPointError(f"step {step}: the loss is not a finite number any more, {cure}")
 
 def train(models, config, rng):
     """core_loop, drained a step at a time: yields (metrics, the first response's real tokens)."""
@@ -815,833 +866,710 @@ def train(models, config, rng):
     for stage in core_loop(models, config, rng):
         data.update(stage)
         if "ratio" in stage:
+            step += 1
+            check_finite(stage, step)
             yield step_metrics(data, config, step), data["responses"][0][data["mask"][0] != 0]
-            data, step = {}, step + 1
 
+def step_metrics(data, config, step):
+    """What a step of training is judged by, under TRL's names where it has one; data holds the step's arrays.
+
+    Sums over a response are averaged over the batch; policy/, loss/ and val/ratio over the epochs' real tokens.
+    """
+    mask, ratio, kl, score = data["mask"], data["ratio"], data["kl"].sum(axis=1).mean(), data["scores"].mean()
+    log_ratio = np.log(np.maximum(np.where(mask, ratio, 1), 1e-37))  # (epochs, B, T), finite where exp underflowed
+    metrics = {
+        "objective/scores": score, "objective/kl": kl, "objective/entropy": -data["old_logprobs"].sum(axis=1).mean(),
+        "objective/non_score_reward": 0.0 - config.beta * kl, "objective/rlhf_reward": score - config.beta * kl,
+        "policy/approxkl_avg": 0.5 * real_mean(log_ratio**2, mask).mean(),
+        "policy/clipfrac_avg": real_mean(is_clipped(ratio, data["whitened"], config.clip), mask).mean(),
+        "loss/policy_avg": data["actor_loss"].mean(), "val/ratio": real_mean(ratio, mask).mean(),
+        "val/num_eos_tokens": np.count_nonzero((data["responses"] == config.vocab_size - 1) & (mask != 0)),
+        "val/response_length": np.count_nonzero(mask) / len(mask),
+        "lr": data["lr"], "episode": step * config.batch_size,
+    }
+    if config.advantage == "gae":
+        metrics["loss/value_avg"] = data["critic_loss"].mean()
+    if config.readable:
+        metrics["objective/human_scores"] = human_scores(data["responses"], mask, config.vocab_size).mean()
+    return metrics
+
+def learn_from_human(models, config, rng):
+    """Section 5, judged by fresh pairs. Returns the models, the reward model now a trained one, and what was seen.
+
+    accuracy is the share of fresh pairs in which the model agrees with the choice; best_accuracy that in which the
+    human's own opinion does: choices are noisy, and no scorer can expect more.
+    """
+    preferences = collect_preferences(models.reference, config, rng)
+    reward_model, losses = train_reward_model(models.reward_model, *preferences, rng)
+    prompts, responses, mask = collect_preferences(models.reference, replace(config, preference_pairs=2048), rng)
+    scores = score_responses(reward_model, prompts, responses, mask)
+    human = human_scores(responses, mask, config.vocab_size)
+    seen = {"losses": losses, "responses": responses, "mask": mask, "scores": scores, "human": human}
+    for name, opinion in (("accuracy", scores), ("best_accuracy", human)):
+        chosen, rejected = np.split(opinion, 2)
+        seen[name] = np.mean(chosen > rejected) + np.mean(chosen == rejected) / 2
+    return models._replace(reward_model=reward_model), seen
 
 THEORY_PROMPTS, THEORY_RESPONSES = 32, 128  # for each policy; more no longer changes the printed share
-
 
 def theory_is_cheap(config):
     """Whether attainable_gain takes at most a fifth of the training, or a second or so, counted in forward passes."""
     theory = 3 * 2 * THEORY_PROMPTS * THEORY_RESPONSES  # a sampling and two evaluations of each response
     training = config.steps * config.batch_size * (3 + 4 * config.ppo_epochs)  # backward passes cost some two
-    multiplications = (
-        (config.prompt_length + config.response_length) * config.width * (config.width + config.vocab_size)
-    )
-    return theory * multiplications < 2e9 or theory < 0.2 * training
+    tokens = config.prompt_length + config.response_length
+    return theory * tokens * config.width * (config.width + config.vocab_size) < 2e9 or theory < 0.2 * training
 
-
-def attainable_gain(actor, reference, reward_model, config, rng):
+def attainable_gain(models, config, rng):
     """How much of what is possible training has reached, in J = E[score] - beta * E[KL].
 
     No policy exceeds J* = E over prompts of beta * log E over reference responses of exp(score / beta)
     (Korbak et al. 2022; Rafailov et al. 2023, equation 4); for beta = 0 that is the largest score.
-    Few reference responses are good ones, so responses of the reference and of the actor are pooled, and
-    every expectation is a weighted mean over the pool, with weights p / p_mixture that sum to 1 (Veach &
-    Guibas 1995, the balance heuristic). Then J_start and J never exceed J_star, in theory as in the estimate.
+    Few reference responses are good ones, so responses of reference and actor are pooled, and every
+    expectation is a weighted mean over the pool, with weights p / p_mixture that sum to 1 (Veach & Guibas
+    1995, the balance heuristic). Then neither J exceeds J*, in theory as in the estimate, which is one from
+    below: what neither policy writes is missing from it.
 
-    Returns floats: J_start (the reference's J), J, J_star, share = (J - J_start) / (J_star - J_start),
-    and the actor's score and kl, all on the same fresh prompts.
+    Returns floats, all on the same fresh prompts: J_start (the reference's), J, J_star, share = (J - J_start) /
+    (J_star - J_start) and share_error, its standard error over the prompts, share NaN where the gain at stake is
+    within three standard errors of nothing; and the actor's score, kl and human score (NaN where nobody can read).
     """
-    rows = []
-    for prompt in sample_prompts(rng, THEORY_PROMPTS, config.prompt_length, config.vocab_size):
-        prompts, sampled = np.tile(prompt, (THEORY_RESPONSES, 1)), []
-        for policy in (reference, actor):
-            responses, mask, _, _ = generate(
-                policy, prompts, config.response_length, rng, config.vocab_size - 1, keep_logits=False
-            )
-            scores = score_responses(reward_model, prompts, responses, mask)
-            logprobs = [(token_logprobs(model, prompts, responses) * mask).sum(axis=1) for model in (actor, reference)]
-            sampled.append(np.array([scores, *logprobs], dtype=np.float64))
-        scores, *logprobs = np.concatenate(sampled, axis=1)  # (2 * responses,) each
-        mixture = np.logaddexp(*logprobs)
-        of_actor, of_reference = (each - mixture - np.logaddexp.reduce(each - mixture) for each in logprobs)
-        start, score = np.exp(of_reference) @ scores, np.exp(of_actor) @ scores
-        kl = np.exp(of_actor) @ (of_actor - of_reference)
-        best = scores.max()
-        if config.beta:
-            best += config.beta * np.logaddexp.reduce((scores - best) / config.beta + of_reference)
-        rows.append((start, score, kl, best))
-    start, score, kl, best = np.mean(rows, axis=0)
-    objective = score - config.beta * kl
-    share = (objective - start) / (best - start)
-    return {"J_start": start, "J": objective, "J_star": best, "share": share, "score": score, "kl": kl}
+    prompts = sample_prompts(rng, THEORY_PROMPTS, config.prompt_length, config.vocab_size)
+    prompts, pool = np.repeat(prompts, THEORY_RESPONSES, axis=0), []
+    for policy in (models.reference, models.actor):
+        responses, mask, *_ = generate(policy, prompts, config.response_length, rng, config.vocab_size - 1, False)
+        logprobs = [token_logprobs(each, prompts, responses) * mask for each in (models.actor, models.reference)]
+        human = human_scores(responses, mask, config.vocab_size) if config.readable else np.full(len(mask), np.nan)
+        scores = score_responses(models.reward_model, prompts, responses, mask)
+        pool.append([scores, human, *(each.sum(axis=1) for each in logprobs)])
+    pool = np.array(pool, dtype=np.float64).reshape(2, 4, THEORY_PROMPTS, THEORY_RESPONSES)
+    scores, human, *logprobs = np.concatenate(pool, axis=2)  # (prompts, 2 * responses) each
+    of_actor, of_reference = (log_softmax(each - np.logaddexp(*logprobs)) for each in logprobs)  # log weights
+    start, score = (np.exp(of_reference) * scores).sum(axis=1), (np.exp(of_actor) * scores).sum(axis=1)
+    human = (np.exp(of_actor) * human).sum(axis=1)
+    kl, best = (np.exp(of_actor) * (of_actor - of_reference)).sum(axis=1), scores.max(axis=1)
+    if config.beta:
+        best = best + config.beta * np.logaddexp.reduce((scores - best[:, None]) / config.beta + of_reference, axis=1)
+    objective, stake = score - config.beta * kl, best - start  # (prompts,) both
+    share = (objective - start).mean() / stake.mean()
+    noise, stake_noise = (x.std(ddof=1) / len(x) ** 0.5 for x in (objective - start - share * stake, stake))
+    certain = stake.mean() > 3 * max(noise, stake_noise)
+    means = {"J_start": start, "J": objective, "J_star": best, "score": score, "kl": kl, "human": human}
+    share = {"share": share if certain else np.nan, "share_error": noise / stake.mean()}
+    return {**{name: x.mean() for name, x in means.items()}, **share}
 
+# ------------------------------------------------------------------ 8. the presentation: pages of text from arrays
 
-# ------------------------------------------------------------------ 6. the presentation
-
-NOTE_COLUMN = 38  # where the dim notes beside the numbers begin
 LETTERS = "abcdefghijklmnopqrstuvwxyz."
-BARS = "▁▂▃▄▅▆▇█"
-PLAIN = {"β": "beta", "γ": "gamma", "λ": "lambda", "δ": "delta", "…": "...", "±": "+-", **dict(zip(BARS, "_.,-=+*#"))}
+# Whose number it is, in the terminal's own colours; [n] marks nobody's, and all stand out from dim narration
+OWNERS = {"actor": "cyan", "critic": "magenta", "reward": "green", "reference": "bright_blue", "human": "red"}
+LEGEND = "  Colour says whose number it is: " + ", ".join(f"[{name}]{name}[/]" for name in OWNERS)
 
+def make_console(**options):
+    """A console at least 80 wide that prints text as it stands."""
+    theme = Theme({name: f"not dim {style}" for name, style in {**OWNERS, "n": "bold"}.items()})
+    console = Console(highlight=False, emoji=False, theme=theme, **options)
+    console.width = max(80, console.width)
+    return console
 
-class Screen(Console):
-    """A console at least 80 wide that goes on in silence when its reader has gone, as with `| head`."""
+def show(console, page):
+    """Print a page and a blank line: titles without indent (bold), narration with four spaces (dim), nothing wrapped.
 
-    def __init__(self, **options):
-        columns = shutil.get_terminal_size().columns
-        super().__init__(width=max(80, columns), highlight=False, markup=False, emoji=False, **options)
-
-    def on_broken_pipe(self):
-        """Send what is still to come nowhere; raising would lose what --save and --export are for."""
-        silence(sys.stdout)
-
-
-def silence(stream):
-    """Let a stream that can no longer be written to end in the null device; one that is no file is left alone."""
-    with contextlib.suppress(AttributeError, OSError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
-def spell_out(error):
-    """Codec error handler: letters that the output's encoding lacks, in ones that it has."""
-    return "".join(PLAIN.get(letter, "?") for letter in error.object[error.start : error.end]), error.end
-
-
-def say(console, line="", note="", style=""):
-    """Print one line, never wrapped or cut, with a dim note beside it."""
-    text = Text(line, style=style)
-    if note:
-        text.append(" " * max(NOTE_COLUMN - len(line), 2) + note, style="dim")
-    console.print(text, soft_wrap=True)
-
-
-def explain(console, *lines):
-    """Print dim lines, indented under a step's numbers."""
-    for line in lines:
-        console.print(Text(f"    {line}", style="dim"), soft_wrap=True)
+    In other lines [actor]3[/] is the actor's number, and what follows a | is a dim note beside it.
+    """
+    for line in page.splitlines():
+        line, _, note = line.partition(" | ")
+        if line.startswith("    ") and "[/]" not in line:
+            text = Text(line, style="dim")
+        else:
+            text = Text.from_markup(line, style="bold" if line[:1].strip() else "")
+        if note:
+            text.append(" " * max(38 - text.cell_len, 2)).append_text(Text.from_markup(note, style="dim"))
+        text.rstrip()
+        console.print(text, soft_wrap=True)
     console.print()
 
-
-def show_table(console, columns, rows, gap="  "):
-    """Print a table, as wide as it needs; its first and last columns hold text, the others numbers."""
-    first, *widths, _ = (max(map(len, cells)) for cells in zip(columns, *rows))
-    for row in (columns, *rows):
-        numbers = gap.join(text.rjust(width) for text, width in zip(row[1:-1], widths))
-        line = f"{row[0].ljust(first)}{gap}{numbers}{gap}{row[-1]}".rstrip()
-        say(console, line, style="dim" if row is columns else "")
-
+def table(columns, rows, gap="  "):
+    """A page with a table, as wide as it needs; its first and last columns hold text, the others numbers."""
+    rows = [[f"[dim]{name}[/]" for name in columns], *rows]
+    lengths = [[Text.from_markup(cell).cell_len for cell in row] for row in rows]
+    page = ""
+    for row, own in zip(rows, lengths):
+        room = [" " * (max(column) - length) for column, length in zip(zip(*lengths), own)]
+        numbers = [space + cell for cell, space in zip(row[1:-1], room[1:-1])]
+        page += f"  {gap.join([row[0] + room[0], *numbers, row[-1]]).rstrip()}\n"
+    return page
 
 def shorten(texts, most):
     """Of more than most texts, keep the beginning and the last."""
     return texts if len(texts) <= most else [*texts[: most - 1], "…", texts[-1]]
 
+def fixed(value, digits=2):
+    """A number with that many decimals, and never a negative zero; a dash where there is none."""
+    return "-" if np.isnan(value) else f"{round(float(value), digits) + 0.0:.{digits}f}"
 
-def fixed(value, digits):
-    """A number with that many decimals, and never a negative zero."""
-    return f"{round(float(value), digits) + 0.0:.{digits}f}"
-
-
-def number_list(values, most=4):
+def listed(values, most=4):
     """As in [0.73, 0.45, 0.91, …, 0.62]."""
-    return f"[{', '.join(shorten([fixed(value, 2) for value in values], most))}]"
+    return f"[{', '.join(shorten([fixed(value) for value in values], most))}]"
 
-
-def preview(data, name):
-    """The first response's first values and last, and the mean over all real tokens."""
-    values = shorten([fixed(value, 2) for value in data[name][0][data["mask"][0] != 0]], 3)
-    return f"[{' '.join(values)}] mean {fixed(data[f'mean_{name}'], 3)}"
-
-
-def token_text(tokens, config):
+def text_of(tokens, config):
     """Tokens as letters where the vocabulary has 27, as numbers elsewhere."""
-    if config.vocab_size == len(LETTERS):
-        text = "".join(LETTERS[token] for token in tokens)
-        return text if len(text) <= 24 else f"{text[:16]}…{text[-7:]}"
+    if config.readable:
+        return "".join(LETTERS[token] for token in tokens)
     return f"[{' '.join(shorten([str(token) for token in tokens], 3))}]"
 
+def size_of(size):
+    """Bytes as text."""
+    return f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"
 
-def title(name):
-    """reward_model -> Reward model"""
-    return name.replace("_", " ").capitalize()
+def feedback_page(seen, config):
+    """What happened before the loop: the human's choices, and the reward model that learned from them."""
+    texts = [text_of(tokens[real != 0], config) for tokens, real in zip(seen["responses"], seen["mask"])]
+    opinions = zip(texts, seen["human"], seen["scores"])
+    cells = [[text, f"[human]{human:.2f}[/]", f"[reward]{fixed(score)}[/]", ""] for text, human, score in opinions]
+    pairs = [chosen + rejected for chosen, rejected in zip(cells[:3], cells[len(cells) // 2 :])]
+    first, last, right, most = seen["losses"][0], seen["losses"][-20:].mean(), seen["accuracy"], seen["best_accuracy"]
+    return f"""Before the loop: [human]human[/] feedback, and a [reward]reward[/] model that learns from it
+  Preference pairs: [human]{config.preference_pairs}[/] | the human likes vowels and consonants mixed,
+                                      no letter twice, and errs now and then
+  Reward model loss: [reward]{first:.3f} -> {last:.3f}[/] | of -log sigmoid(chosen - rejected)
+  Fresh pairs right: [reward]{right:.1%}[/] | of at most [human]{most:.1%}[/], choices being so noisy
+{table(["chosen", "human", "score", "", "rejected", "human", "score", ""], pairs)}\
+    Scores have mean 0 and deviation 1 over the reference's responses. Now the model
+    is frozen. It never sees what the human thinks, only which of two was chosen."""
 
+def step_pages(data, config):
+    """The seven pages of the walk-through, each of the arrays that data holds by then."""
 
-def megabytes(size):
-    """Bytes as text, in units of a million."""
-    return f"{size / 1e6:.1f} MB"
+    def preview(name):
+        """The first response's first values and last, and the mean over all real tokens."""
+        values = shorten([fixed(value) for value in data[name][0][data["mask"][0] != 0]], 3)
+        return f"[{' '.join(values)}] mean {fixed(real_mean(data[name], data['mask']), 3)}"
 
-
-def show_prompts(console, data, config):
-    """Step 1."""
-    say(console, "Step 1: Sample prompts", style="bold")
-    prompts = data["prompts"]
-    say(console, f"  Batch size: {len(prompts)}")
-    say(console, f"  Prompt shapes: {prompts.shape} tokens", token_text(prompts[0], config))
-    explain(console, "Why only prompts: the actor writes its own training data, in step 2.")
-
-
-def show_generation(console, data, config):
-    """Step 2."""
-    say(console, "Step 2: Generate responses (Actor)", style="bold")
+    gae_used, prompts = config.advantage == "gae", data["prompts"]
+    group = f"    Each prompt stands {config.group_size} times: a group of responses to compare.\n"
+    yield f"""Step 1: Sample prompts
+  Batch size: [n]{len(prompts)}[/]
+  Prompt shapes: [n]{prompts.shape}[/] tokens | [n]{text_of(prompts[0], config)}[/]
+{"" if gae_used else group}\
+    Why only prompts: the actor writes its own training data, in step 2."""
     responses, mask, logits = data["responses"], data["mask"], data["logits"]
-    say(console, "  Actor forward pass...")
-    say(console, f"  Generated tokens: {responses.shape}", token_text(responses[0][mask[0] != 0], config))
-    say(console, f"  Actor logits: {logits.shape}", f"{megabytes(logits.nbytes)}; training keeps only slices")
-    say(console, f"  Old log probs: {mask.shape}", preview(data, "old_logprobs"))
-    explain(
-        console,
-        'Why "old": they stay as they are while step 7 changes the actor.',
-        "[...]: the first response's first tokens and last; mean: over all tokens.",
-    )
-
-
-def show_scores(console, data, config):
-    """Step 3."""
-    say(console, "Step 3: Score responses (Reward Model)", style="bold")
+    yield f"""Step 2: Generate responses ([actor]Actor[/])
+  [dim]Actor forward pass...[/]
+  Generated tokens: [actor]{mask.shape}[/] | [actor]{text_of(responses[0][mask[0] != 0], config)}[/]
+  Actor logits: [actor]{logits.shape}[/] | [actor]{size_of(logits.nbytes)}[/]; training keeps only slices
+  Old log probs: [actor]{mask.shape}[/] | [actor]{preview("old_logprobs")}[/]
+    Why "old": they stay as they are while step 7 changes the actor.
+    [...]: the first response's first tokens and last; mean: over all tokens."""
+    del logits  # the largest array of all
     scores = data["scores"]
-    say(console, "  Reward model forward pass...")
-    say(console, f"  Scores: {number_list(scores)}", f"mean {data['mean_scores']:.3f}")
-    explain(console, "Why one number a response: only a finished response can be judged.")
-
-
-def show_kl(console, data, config):
-    """Step 4."""
-    say(console, "Step 4: Compute KL penalty (Reference)", style="bold")
+    origin = "Here choices taught it, above." if config.readable else "Here it is random; --preset letters trains one."
+    yield f"""Step 3: Score responses ([reward]Reward Model[/])
+  [dim]Reward model forward pass...[/]
+  Scores: [reward]{listed(scores)}[/] | mean [reward]{fixed(scores.mean(), 3)}[/]
+    Why one number a response: only a finished response can be judged.
+    {origin}"""
     kl = data["kl"]
-    say(console, "  Reference forward pass...")
-    say(console, f"  Reference log probs: {kl.shape}", preview(data, "ref_logprobs"))
-    say(console, f"  KL divergence per token: {kl.shape}", preview(data, "kl"))
-    mean, error, exact = (fixed(data[name], 3) for name in ("mean_kl", "kl_error", "mean_exact_kl"))
-    say(console, f"  Mean KL: {mean}", f"± {error} nats per token, by {config.kl_estimator}")
-    say(console, f"  Exact KL: {exact}", f"nats per token, over all {config.vocab_size} tokens", "dim")
-    explain(
-        console,
-        f"Why k1 = log p_actor - log p_reference is negative on {data['negative_fraction']:.0%} of the tokens: it",
-        "looks at the sampled token only. Its mean over many is the exact KL, which",
-        "is never negative, but needs the whole vocabulary at every position.",
-    )
-
-
-def show_rewards(console, data, config):
-    """Step 5."""
-    say(console, "Step 5: Compute total rewards", style="bold")
-    totals, score, kl = data["total_rewards"], data["scores"][0], data["kl_per_response"][0]
-    say(console, "  reward = reward_model_score - β * KL", f"β = {config.beta}")
-    say(
-        console, f"  Total rewards: {number_list(totals)}", f"per response, mean {fixed(data['mean_total_rewards'], 3)}"
-    )
-    explain(
-        console,
-        f"The first: {score:.4f} - {config.beta} * {kl:.4f} = {totals[0]:.4f}, KL summed over its tokens.",
-        "Why the score sits on the last token: nothing before it was judged. Token by",
-        f"token: {number_list(data['rewards'][0][data['mask'][0] != 0], 5)}, each -β * KL, the last + score.",
-    )
-
-
-def show_advantages(console, data, config):
-    """Step 6."""
-    say(console, "Step 6: Compute advantages (Critic + GAE)", style="bold")
-    mask = data["mask"]
-    say(console, "  Critic forward pass...")
-    say(console, f"  Values: {mask.shape}", preview(data, "values"))
-    say(console, f"  GAE advantages: {mask.shape}", preview(data, "advantages"))
-    say(console, f"  Whitened: {mask.shape}", preview(data, "whitened"), "dim")
-    explain(
-        console,
-        f"δ[t] = reward[t] + γ value[t+1] - value[t]           γ = {config.gamma}, λ = {config.lam};",
-        "advantage[t] = δ[t] + γ λ advantage[t+1]             all are 0 past the end",
-        "Why whiten: the update must not grow with the scale of the scores.",
-    )
-
-
-def show_update(console, data, config):
-    """Step 7."""
-    say(console, "Step 7: PPO update", style="bold")
-    say(console, "  Ratio = exp(new_log_prob - old_log_prob)")
-    say(console, f"  Clipped ratio: clip(ratio, {1 - config.clip:g}, {1 + config.clip:g})")
-    say(console, "      actor loss = mean of -min(ratio * A, clipped ratio * A), A whitened", style="dim")
-    say(console, "      critic loss = mean of (value - return)^2, return = advantage + value", style="dim")
-    columns = [data[name] for name in ("ratio_min", "ratio_max", "clip_fraction", "actor_loss", "critic_loss")]
-    rows = [
-        (f"{epoch:11}", f"{low:.3f} .. {high:.3f}", f"{clipped:.1%}", fixed(actor, 4), fixed(critic, 4), "")
-        for epoch, (low, high, clipped, actor, critic) in enumerate(zip(*columns), start=1)
-    ]
-    show_table(console, ["      epoch", "ratio", "clipped", "actor loss", "critic loss", ""], rows)
-    say(console, f"  Actor loss: {fixed(data['actor_loss'][-1], 3)}", "in the last epoch, before its update")
-    say(console, f"  Critic loss: {fixed(data['critic_loss'][-1], 3)}", "in the last epoch, before its update")
-    explain(
-        console,
-        "clipped: tokens whose gain, and so gradient, the clip takes away.",
-        "Why the ratio is 1 in epoch 1: the weights are still those that generated.",
-        "The loss is then minus the mean whitened advantage: 0, but not its gradient.",
-    )
-    say(console, "  Update complete!", style="bold")
-
-
-STEPS = (show_prompts, show_generation, show_scores, show_kl, show_rewards, show_advantages, show_update)
-
-
-def show_costs(console, models, config, sizes):
-    """What each model costs, and the largest tensors; sizes holds (name, shape, bytes)."""
-    console.print()
-    rows = []
-    for name, (forward, backward) in passes(config).items():
-        weights = getattr(models, name).values()
-        parameters, size = sum(w.size for w in weights), sum(w.nbytes for w in weights)
-        adam, state = (megabytes(2 * size), "updated") if backward else ("-", "frozen")
-        rows.append((title(name), f"{parameters:,}", megabytes(size), adam, str(forward), str(backward), state))
-    show_table(console, ["model", "parameters", "weights", "Adam's m, v", "forward", "backward", ""], rows)
-    console.print()
-    largest = sorted(sizes, key=lambda item: -item[2])[:5]
-    rows = [(name, str(shape), megabytes(size), "") for name, shape, size in largest]
-    show_table(console, ["largest tensors", "shape", "memory", ""], rows)
-    explain(
-        console,
-        "forward, backward: passes over the batch; the actor's first is generation;",
-        "not among the tensors: Adam's m and v, and what a step needs in passing",
-    )
-
-
-def show_response(console, data, config, row, every_token):
-    """One response token by token (--inspect), so that every formula can be checked by hand."""
-    length = np.count_nonzero(data["mask"][row])
-    names = ("old_logprobs", "ref_logprobs", "kl", "rewards", "values", "td_errors", "advantages", "returns")
-    columns = ["t", "tok", "actor", "ref", "KL", "rew", "value", "TD", "adv", "return", "white", "ratio"]
-    shown = range(length) if every_token or length <= 20 else [*range(8), None, *range(length - 8, length)]
-    rows = []
-    for t in shown:
-        if t is None:
-            rows.append(["…", *[""] * (len(columns) - 1)])
-            continue
-        token = token_text(data["responses"][row, t : t + 1], config).strip("[]")
-        numbers = [fixed(data[name][row, t], 3) for name in names]
-        ratio = fixed(data["ratio"][-1, row, t], 2) + ("*" if data["clipped"][-1, row, t] else "")
-        rows.append([str(t), token, *numbers, fixed(data["whitened"][row, t], 2), ratio])
-    say(console, f"Response {row}, {length} tokens, with the ratio of the last epoch (*: clipped)", style="bold")
-    show_table(console, columns, rows, gap=" ")
-    explain(
-        console,
-        "actor, ref: log probabilities; rew: reward; return = adv + value; white: the",
-        "whitened adv. With t+1 the next token, past the end 0:",
-        "TD = rew + γ value[t+1] - value; adv = TD + γ λ adv[t+1]",
-    )
-
-
-CHECKPOINT = "{:>6} {:>7.3f} {:>7.2f} {:>7.3f} {:>8.2f} {:>8.1%} {:>7.1f}  {}"
-
-
-def show_checkpoint_header(console):
-    """The heads of the columns of show_checkpoint."""
-    header = re.sub(r"\.\d[f%]", "", CHECKPOINT)
-    say(console, header.format("step", "score", "KL", "total", "entropy", "clipped", "length", "a response"))
-
-
-def show_checkpoint(console, step, metrics, response, config):
-    """One row of the training table."""
-    names = ("objective/scores", "objective/kl", "objective/rlhf_reward", "objective/entropy", "policy/clipfrac_avg")
-    numbers = [metrics[name] for name in (*names, "val/response_length")]
-    say(console, CHECKPOINT.format(step, *numbers, token_text(response, config)))
-
-
-def sparkline(values):
-    """A row of bars, each the mean of an equal share of the values; a gap where that is not finite."""
-    means = np.array([part.mean() for part in np.array_split(values, min(28, len(values)))])
-    finite = np.isfinite(means)
-    low, high = means.min(initial=np.inf, where=finite), means.max(initial=-np.inf, where=finite)
-    levels = np.where(finite, means - low, 0) / ((high - low) or 1) * (len(BARS) - 1)
-    return "".join(BARS[int(level)] if real else " " for level, real in zip(levels, finite))
-
-
-def show_metrics(console, history):
-    """A sparkline for each metric, from its first value to its last."""
-    rows = [(name, f"{x[0]:.5g}", f"{x[-1]:.5g}", sparkline(x)) for name, x in history.items()]
-    show_table(console, ["metric", "first", "last", "course"], rows)
-
-
-def show_theory(console, gain, config):
-    """Where training stands against the best that any policy can reach."""
-    console.print()
-    say(console, "Against theory: J = score - β * KL per response, on fresh prompts", style="bold")
-    start = "of the reference" if config.drift else "at the start"
-    say(console, f"  J {start}: {gain['J_start']:.3f}", "the reference's score")
-    say(console, f"  J now: {gain['J']:.3f}", f"{gain['score']:.3f} - {config.beta} * {gain['kl']:.3f}")
-    say(console, f"  J*: {gain['J_star']:.3f}", "no policy exceeds it; estimated")
-    say(console, f"  Share of the attainable gain: {share_text(gain['share'])}", "(J - start) / (J* - start)")
-
-
-def share_text(share):
-    """A share in percent; a dash where theory was left out, and for a loss its sign, as its size says nothing."""
-    return "-" if math.isnan(share) else "none" if share < 0 else f"{share + 0.0:.0%}"
-
-
-def show_comparison(console, rows):
-    """The betas side by side; rows holds (beta, summary, response text)."""
-    say(console, "The same training at each β", style="bold")
-    cells = [
-        (f"{beta:g}", *(f"{gain[name]:.3f}" for name in ("score", "kl", "J")), share_text(gain["share"]), text)
-        for beta, gain, text in rows
-    ]
-    show_table(console, ["β", "score", "KL", "J", "share", "a response"], cells)
-    explain(console, "J = score - β * KL; share: of the gain in J that is attainable at this β")
-
-
-def progress_bar(console):
-    """Live figures at the bottom of a terminal; nothing elsewhere, and never in an export."""
-    from rich.progress import BarColumn, Progress, TextColumn  # only training pays for this import
-
-    silent = not console.file.isatty() or console.is_dumb_terminal  # is_terminal may have been forced on a pipe
-    columns = TextColumn("{task.description}"), BarColumn()
-    return Progress(*columns, console=Console(quiet=silent), transient=True, disable=silent)
-
-
-def show_source(name):
-    """Print a public function, ready to paste, or with an empty name the list of them. Raises UserError."""
-    source = Path(__file__).read_text(encoding="utf-8")
-    anchored = dict(re.findall(r"^# ANCHOR: (\w+)\n(.*?)\n+# ANCHOR_END: \1$", source, flags=re.DOTALL | re.MULTILINE))
-    if name and name not in anchored:
-        raise UserError(f"--show: {name!r} is not one of {', '.join(anchored)}")
-    console, functions = Screen(), re.findall(r"^def (\w+)", source, flags=re.MULTILINE)
-    if not name:
-        for each, text in anchored.items():
-            summary = text.split('"""')[1].splitlines()[0]
-            say(console, f"{each:18}{summary}")
-        return
-    calls = [each for each in functions if each != name and re.search(rf"\b{each}\(", anchored[name])]
-    heading = f"# calls {', '.join(calls)}\n" if calls else ""
-    text = f"{heading}import numpy as np\n\n\n{anchored[name]}"
-    if console.is_terminal:
-        from rich.syntax import Syntax  # only a terminal pays for this import
-
-        console.print(Syntax("", "python", background_color="default").highlight(text), soft_wrap=True)
+    error = kl[mask != 0].std() / np.count_nonzero(mask) ** 0.5
+    mean, k1, k2, k3, exact = (fixed(real_mean(data[name], mask), 3) for name in ("kl", "k1", "k2", "k3", "exact_kl"))
+    yield f"""Step 4: Compute KL penalty ([reference]Reference[/])
+  [dim]Reference forward pass...[/]
+  Reference log probs: [reference]{mask.shape}[/] | [reference]{preview("ref_logprobs")}[/]
+    KL is estimated by k1 = log p_actor - log p_reference of the sampled token,
+    or by k2 = k1²/2, or by k3 = exp(-k1) - 1 + k1.
+  KL divergence per token: [reference]{kl.shape}[/] | [reference]{preview("kl")}[/]
+  Mean KL: [reference]{mean}[/] | ± {error:.3f} (standard error) nats a token, {config.kl_estimator}
+  By estimator: [reference]k1 {k1}, k2 {k2}, k3 {k3}[/]
+  Exact KL: [reference]{exact}[/] | over all {config.vocab_size} tokens, at each position
+    Why k1 is negative on {real_mean(data["k1"] < 0, mask):.0%} of the tokens: it looks at the sampled one only.
+    Its mean over many is the exact KL, which never is. As a reward, k1 alone has
+    the gradient of the KL: with k2 or k3 in its place the actor drifts off."""
+    totals, first, first_kl = data["total_rewards"], fixed(scores[0], 4), fixed(kl[0].sum(), 4)
+    yield f"""Step 5: Compute total rewards
+  reward = reward_model_score - β * KL | β = [n]{config.beta}[/]
+  Total rewards: [n]{listed(totals)}[/] | per response, mean [n]{fixed(totals.mean(), 3)}[/]
+    The first: {first} - {config.beta} * {first_kl} = {fixed(totals[0])}, KL summed over its tokens.
+    Why the score sits on the last token: nothing before it was judged. Token by
+    token: {listed(data["rewards"][0][mask[0] != 0], 5)}, each -β * KL, the last + score."""
+    whitened = "" if config.advantage == "grpo" else f"  Whitened: [n]{mask.shape}[/] | [n]{preview('whitened')}[/]\n"
+    if gae_used:
+        yield f"""Step 6: Compute advantages ([critic]Critic[/] + GAE)
+  [dim]Critic forward pass...[/]
+  Values: [critic]{mask.shape}[/] | [critic]{preview("values")}[/]
+  GAE advantages: [n]{mask.shape}[/] | [n]{preview("advantages")}[/]
+{whitened}\
+    GAE, generalized advantage estimation: how much better than expected.
+    δ[t] = reward[t] + γ value[t+1] - value[t]           γ = {config.gamma}, λ = {config.lam};
+    advantage[t] = δ[t] + γ λ advantage[t+1]             all are 0 past the end
+    Why whiten: the update must not grow with the scale of the scores."""
     else:
-        say(console, text)
+        totals, advantages = totals[: config.group_size], data["advantages"][: config.group_size, 0]
+        first, mean, others = (fixed(x, 4) for x in (totals[0], totals.mean(), totals[1:].mean()))
+        rloo = f"R - mean of the others' R = {first} - ({others})"
+        grpo = f"(R - mean) / deviation = ({first} - ({mean})) / {fixed(totals.std(ddof=1), 4)}"
+        yield f"""Step 6: Compute advantages ({config.advantage}, no critic)
+  Group advantages: [n]{mask.shape}[/] | [n]{preview("advantages")}[/]
+  Total rewards R of group 1: [n]{listed(totals, 8)}[/]
+  Its advantages: [n]{listed(advantages, 8)}[/] | one for all tokens of a response
+{whitened}\
+    The first: {grpo if config.advantage == "grpo" else rloo} = {fixed(advantages[0])}.
+    Why a group: what else was written to the same prompt says what was to be
+    expected, as a critic would."""
+    low, high, rows, names = f"{1 - config.clip:g}", f"{1 + config.clip:g}", [], ("actor", "critic")[: 1 + gae_used]
+    for epoch, (ratio, clipped) in enumerate(zip(data["ratio"], data["clipped"])):
+        cells = f"{ratio[mask != 0].min():.3f} .. {ratio.max():.3f}", f"{real_mean(clipped, mask):.1%}"
+        losses = [f"[{name}]{fixed(data[f'{name}_loss'][epoch], 4)}[/]" for name in names]
+        rows.append([str(epoch + 1), *(f"[actor]{cell}[/]" for cell in cells), *losses, ""])
+    returns = """    critic loss = mean of (value - return)², where return = advantage + value is
+    the reward still to come from there
+"""
+    last = {name: f"[{name}]{fixed(data[f'{name}_loss'][-1], 3)}[/] | before the last update" for name in names}
+    yield f"""Step 7: PPO update
+  Ratio = exp(new_log_prob - old_log_prob)
+  Clipped ratio: clip(ratio, {low}, {high})
+    actor loss = mean of -min(ratio * A, clipped ratio * A), A from step 6
+{returns if gae_used else ""}{table(["epoch", "ratio", "clipped", *(f"{name} loss" for name in names), ""], rows)}\
+{"".join(f"  {name.title()} loss: {text}" + chr(10) for name, text in last.items())}\
+    clipped: tokens whose gain, and so gradient, the clip takes away: the ratio is
+    above {high} where A > 0, or below {low} where A < 0.
+    Why the ratio is 1 in epoch 1: the weights are still those that generated.
+    The loss is then minus the mean of A, about 0, but its gradient is not.
 
+  [n]Update complete![/]"""
 
-def export(console, path):
-    """Write what was shown to path, in the format of its suffix."""
-    text = console.export_text(clear=False)
-    console.width = max([80, *map(len, text.splitlines())])
-    if path.suffix == ".svg":
-        text = console.export_svg(title="rlhf_loop_pseudo", clear=False)
-    elif path.suffix == ".html":
-        text = console.export_html(clear=False)
-    write_whole(path, lambda file: file.write(text.encode("utf-8")))
+def cost_page(models, config, arrays):
+    """What each model costs, and the largest tensors; arrays holds (name, shape, bytes) of the data."""
+    rows, tensors = [], {each: [] for each in arrays}
+    for owner, model in zip(OWNERS, (models.actor, models.critic, models.reward_model, models.reference)):
+        # a critic that is absent would cost what is shown: it is shaped as the reward model
+        weights = [(part, w.shape, w.nbytes) for part, w in (model or models.reward_model).items() if part != "bias"]
+        size = sum(nbytes for *_, nbytes in weights)
+        cells = [size_of(2 * size), str(1 + config.ppo_epochs), str(config.ppo_epochs), "updated"]
+        if owner in ("reward", "reference"):
+            cells = ["-", "1", "0", "frozen"]
+        cells = [f"[{owner}]{owner}[/]", f"{size // 4:,}", size_of(size), *cells]
+        rows.append(cells if model else [*cells[:-1], "saved: no critic"])
+        for each in weights if model else []:
+            tensors.setdefault(each, []).append(cells[0])
+    largest = sorted(tensors.items(), key=lambda item: -item[0][2])[:5]
+    largest = [(name, str(shape), size_of(size), ", ".join(owners)) for (name, shape, size), owners in largest]
+    return f"""{table(["model", "parameters", "weights", "Adam's m, v", "forward", "backward", ""], rows)}
+{table(["largest tensors", "shape", "memory", "of each"], largest)}\
+    forward, backward: passes over the batch; the actor's first is generation;
+    not among the tensors: Adam's m and v, and what a step needs in passing"""
 
+def response_page(data, config, row):
+    """One response token by token (--inspect), so that every formula can be checked by hand."""
+    columns = {
+        "actor": ("actor", "old_logprobs"), "ref": ("reference", "ref_logprobs"), "KL": ("reference", "kl"),
+        "rew": ("n", "rewards"), "value": ("critic", "values"), "TD": ("critic", "td_errors"),
+        "adv": ("n", "advantages"), "return": ("critic", "returns"), "white": ("n", "whitened"),
+    }
+    columns = {head: (owner, data[name][row]) for head, (owner, name) in columns.items() if name in data}
+    rows = []
+    for t in np.flatnonzero(data["mask"][row]):
+        numbers = [f"[{owner}]{fixed(x[t], 2 if head == 'white' else 3)}[/]" for head, (owner, x) in columns.items()]
+        ratio = fixed(data["ratio"][-1, row, t]) + "*" * int(data["clipped"][-1, row, t])
+        token = text_of(data["responses"][row, t : t + 1], config).strip("[]")
+        rows.append([str(t), f"[actor]{token}[/]", *numbers, f"[actor]{ratio}[/]"])
+    return f"""Response {row}, {len(rows)} tokens, with the ratio of the last epoch (*: clipped)
+{table(["t", "tok", *columns, "ratio"], rows, gap=" ")}\
+    actor, ref: log probabilities; rew: reward; adv: advantage; white: whitened adv
+    with a critic: TD = rew + γ value[t+1] - value; adv = TD + γ λ adv[t+1], both 0
+    past the end; return = adv + value"""
 
-# ------------------------------------------------------------------ 7. the command line
+def label_of(config):
+    """What tells the trainings of one command apart."""
+    return f"β {config.beta:g}, {config.advantage}"
 
-PRESETS = {
-    "gpt2": {},
-    "letters": {
-        "vocab_size": 27,
-        "batch_size": 64,
-        "prompt_length": 8,
-        "response_length": 16,
-        "learning_rate": 4e-3,
-    },
+def smooth(values, most=40):
+    """Means of at most that many equal shares of a run, so that one sees its course and not its noise."""
+    return np.array([part.mean() for part in np.array_split(values, min(most, len(values)))])
+
+def chart(console, x_label, curves, x_text="{:.0f}".format, width=58, height=12):
+    """A page with curves over x. Each is (name, owner, x, y, side): its scale stands left (0) or right (1)."""
+    marks, (bar, corner, dash) = ("*o+x#@%&", "|+-") if console.options.ascii_only else ("●○▲△■□◆◇", "│└─")
+    grid = [[" "] * width for _ in range(height)]
+    every_x = np.concatenate([x for _, _, x, _, _ in curves])
+    left, right = every_x.min(), every_x.max()
+    sides = [np.concatenate([y for *_, y, at in curves if at == side]) for side in sorted({at for *_, at in curves})]
+    for mark, (_, owner, x, y, side) in zip(marks, curves):
+        along = np.linspace(0, len(x) - 1, 4 * width)  # points on the line from value to value
+        x, y = (np.interp(along, np.arange(len(each)), each) for each in (x, y))
+        columns = (x - left) / (right - left or 1) * (width - 1)
+        rows = (sides[side].max() - y) / (np.ptp(sides[side]) or 1) * (height - 1)
+        for row, column in zip(rows.round().astype(int), columns.round().astype(int)):
+            grid[row][column] = f"[{owner}]{mark}[/]"
+    page, shown = "", (0, height // 2, height - 1)
+    for row, line in enumerate(grid):
+        scales = [fixed(y.max() - np.ptp(y) * row / (height - 1)) if row in shown else "" for y in sides]
+        page += f"  {scales[0]:>6} {bar}{''.join(line)}{''.join(f'{bar} {scale}' for scale in scales[1:])}[n][/]\n"
+    legend = [f"[{owner}]{mark} {name}[/]{' (right)' * side}" for mark, (name, owner, *_, side) in zip(marks, curves)]
+    return f"""{page}         {corner}{dash * width}
+          {x_text(left)}{x_label:^{width - len(x_text(left)) - len(x_text(right))}}{x_text(right)}
+          {"   ".join(legend)}"""
+
+COLUMNS = {
+    "score": ("reward", 2, "objective/scores"), "human": ("human", 2, "objective/human_scores"),
+    "KL": ("reference", 2, "objective/kl"), "total": ("n", 2, "objective/rlhf_reward"),
+    "entropy": ("actor", 1, "objective/entropy"), "clipped": ("actor", 3, "policy/clipfrac_avg"),
+    "length": ("actor", 1, "val/response_length"),
 }
-EXPORTS = (".svg", ".html", ".txt")
 
+def figures(metrics, heads=COLUMNS):
+    """Some of a step's metrics as text, each in its owner's colour."""
+    columns = (COLUMNS[head] for head in heads)
+    return [f"[{owner}]{fixed(metrics.get(name, np.nan), digits)}[/]" for owner, digits, name in columns]
 
-class UserError(Exception):
-    """The command line asks for something that cannot be done; the message says what and why."""
+def training_page(console, config, history, gain, texts):
+    """A training: some of its steps with a response in words, hacking where it was measured, and its course."""
+    scores, steps = smooth(history["objective/scores"]), smooth(np.arange(config.steps))
+    curves, notes, best = [("score", "reward", steps, scores, 0)], "", -1
+    if config.kl_estimator != "k1" and config.beta:
+        notes += f"    As a reward {config.kl_estimator} does not have the gradient of the KL: the actor drifts off.\n"
+    if config.readable:
+        human = smooth(history["objective/human_scores"])
+        curves.append(("human", "human", steps, human, 1))
+        best = int(steps[np.argmax(human)])
+        if human[-1] < human[0] and scores[-1] > scores[0]:
+            low, high, first, peak, last = (fixed(x) for x in (scores[0], scores[-1], human[0], human.max(), human[-1]))
+            notes += f"    Reward hacking: the score rose from {low} to {high}; the human's opinion went from {first}\n"
+            notes += f"    up to {peak} and down to {last}: the actor writes what the model likes, not the human.\n"
+    if config.beta:
+        curves.append(("score - β KL", "n", steps, smooth(history["objective/rlhf_reward"]), 0))
+    if gain:
+        curves.append(("J*, its limit", "reference", steps[[0, -1]], np.full(2, gain["J_star"]), 0))
+    rows, quadratic = [], ((config.steps - 1) * np.linspace(0, 1, 10) ** 2).round()  # denser where most happens
+    for step in sorted({*quadratic.astype(int), best} - {-1}):
+        metrics = {name: values[step] for name, values in history.items()}
+        rows.append([f"{step + 1}[human]{'*' * (step == best)}[/]", *figures(metrics), f"[actor]{texts[step]}[/]"])
+    return f"""=== RLHF Training, {label_of(config)} ===
+    {config.steps} steps of {config.batch_size} responses. Means per response, but clipped is a fraction of tokens;
+    total: score - β * KL{"; *: the human likes the responses best" if config.readable else ""}.
+{table(["step", *COLUMNS, "a response"], rows)}{notes}
+{chart(console, "step", curves)}"""
 
+def share_of(gain):
+    """The share with its standard error, in percent; a dash where what could be gained is lost in noise."""
+    return "-" if np.isnan(gain["share"]) else f"{gain['share'] + 0.0:.0%} ± {gain['share_error']:.1%}"
 
-class Diverged(Exception):
-    """A loss is not finite."""
+def theory_page(gain, config):
+    """Where training stands against the best that any policy can reach."""
+    if not gain:
+        return "    No comparison with theory: at these sizes it would cost more than it tells."
+    lost = np.isnan(gain["share"])
+    most, why = ("", "lost in noise: the gain at stake is too small") if lost else ("at most ", "± its standard error")
+    score, kl = f"[reward]{fixed(gain['score'], 3)}[/]", f"[reference]{fixed(gain['kl'], 3)}[/]"
+    page = f"""Against theory: J = score - β * KL per response, on fresh prompts
+  J {"of the reference" if config.drift else "at the start"}: [n]{fixed(gain["J_start"], 3)}[/] | the reference's score
+  J now: [n]{fixed(gain["J"], 3)}[/] | {score} - {config.beta} * {kl}
+  J*: at least [n]{fixed(gain["J_star"], 3)}[/] | no policy exceeds J*; estimated from below
+  Share of the attainable gain: {most}[n]{share_of(gain)}[/]
+    (J - start) / (J* - start), {why}"""
+    discounted = f"\n    J is not discounted; with γ = {config.gamma} training maximised a discounted reward."
+    return page + (discounted if config.gamma < 1 and config.advantage == "gae" else "")
 
+def comparison_page(console, runs):
+    """The trainings side by side; runs holds (config, history, gain, responses) of each."""
+    rows, starts, owners = [], {}, {"score": "reward", "human": "human", "kl": "reference", "J": "n"}
+    for config, history, gain, texts in runs:
+        if not gain:  # too dear at these sizes: the figures of the last step
+            last = {name.split("/")[-1]: values[-1] for name, values in history.items()}
+            gain = dict(zip(("score", "kl", "J"), (last["scores"], last["kl"], last["rlhf_reward"])), share=np.nan)
+        numbers = [f"[{owner}]{fixed(gain.get(name, np.nan))}[/]" for name, owner in owners.items()]
+        learners = 1 + (config.advantage == "gae")
+        passes = f"{learners * (1 + config.ppo_epochs) + 2}+{learners * config.ppo_epochs}"
+        rows.append([label_of(config), *numbers, share_of(gain), passes, f"[actor]{texts[-1]}[/]"])
+        starts[fixed(gain.get("J_start", np.nan))] = None
+    page = f"""The same training, compared on fresh prompts
+{table(["", "score", "human", "KL", "J", "share", "passes", "a response"], rows)}\
+    J = score - β * KL, from {" or ".join(starts)} at the start. share: of the gain in J that can be had at
+    this β, at most, ± standard error. passes: forward+backward of all models, a step.
+"""
+    if not runs[0][0].readable:
+        return page
+    curves = []
+    for (config, history, *_), owner in zip(runs, [*OWNERS, "n"] * len(runs)):
+        kl, human = smooth(history["objective/kl"]), smooth(history["objective/human_scores"])
+        curves.append((label_of(config), owner, kl.clip(0) ** 0.5, human, 0))
+    return f"""{page}
+The human's opinion over KL, from the start at the left
+{chart(console, "KL in nats, on a scale of square roots", curves, lambda root: f"{root**2:.1f}")}"""
 
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one sentence."""
+def make_progress(label, steps):
+    """Live figures at the bottom of a terminal; nothing elsewhere, and never in an export."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn  # slow to import
 
-    def error(self, message):
-        """Raise instead of printing the usage and exiting."""
-        raise UserError(message)
+    live = sys.stdout.isatty()
+    columns = TextColumn(label), BarColumn(12), MofNCompleteColumn(), TextColumn("{task.description}")
+    options = {"console": make_console(quiet=not live), "transient": True, "disable": not live}
+    progress = Progress(*columns, TimeRemainingColumn(compact=True), **options)
+    progress.add_task("", total=steps)
+    return progress
 
+def source_of(name):
+    """Source of a function of this file, after the functions, classes and constants that it needs: ready to run."""
+    names, wanted, found = list(globals()), [name], {}
+    while wanted:
+        value = globals()[each := wanted.pop()]
+        if getattr(value, "__module__", None) == __name__ and each not in found:
+            found[each] = inspect.getsource(value)
+            parts = ast.walk(ast.parse(found[each]))
+            wanted += [part.id for part in parts if isinstance(part, ast.Name) and part.id in names]
+        elif isinstance(value, int | str | dict):
+            found[each] = f"{each} = {value!r}\n"
+        elif each not in found and each != "np":
+            found[each] = f"from {value.__module__} import {each}\n" if callable(value) else f"import {each}\n"
+    return "import numpy as np\n\n" + "\n".join(found[each] for each in sorted(found, key=names.index))
 
-class Once(argparse.Action):
-    """Store a value, and refuse a second one."""
+def highlight(source):
+    """Python source in a few colours of the terminal's own, to be read on a dark and on a light one."""
+    from pygments.token import Comment, Keyword, Name, String  # only a terminal pays for these imports
+    from rich.syntax import ANSISyntaxTheme, Style, Syntax
 
-    def __call__(self, parser, namespace, values, option_string=None):
-        """Called by argparse for each occurrence of the flag."""
-        if getattr(namespace, self.dest) is not None:
-            parser.error(f"{option_string}: given twice")
-        setattr(namespace, self.dest, values)
+    styles = {Keyword: Style(bold=True), Name.Function: Style(color="cyan"), String: Style(color="green")}
+    theme = ANSISyntaxTheme({**styles, String.Doc: Style(dim=True), Comment: Style(dim=True)})
+    return Syntax("", "python", theme=theme, background_color="default").highlight(source)
 
+def show_source(console, name):
+    """Print a function, ready to paste; without a name the list of those that a chapter can include."""
+    if name:
+        source = source_of(name)
+        console.print(highlight(source) if console.is_terminal else Text(source), soft_wrap=True)
+    else:
+        anchored = re.findall(r"^# ANCHOR\b: (\w+)", Path(__file__).read_text(encoding="utf-8"), re.MULTILINE)
+        show(console, "\n".join(f"  [n]{each:20}[/]{globals()[each].__doc__.splitlines()[0]}" for each in anchored))
 
-def reader(kind, allowed):
-    """A function for argparse that reads a value and says what is allowed where it is not."""
+# ------------------------------------------------------------------ 9. the command line
 
-    def read(text):
-        """The value of text; raises argparse.ArgumentTypeError."""
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not ALLOWED[allowed](value):
-            raise argparse.ArgumentTypeError(f"{text.strip()[:40]!r} is not {allowed}")
-        return value
+LETTERS_PRESET = {"vocab_size": 27, "batch_size": 64, "prompt_length": 8, "response_length": 16, "beta": [0.2]}
+PRESETS, EXPORTS = {"gpt2": {}, "letters": LETTERS_PRESET}, [".svg", ".html", ".txt"]
 
-    return read
+# Of each trainer: version, command, what stands before and after a name, what it has to be told besides, and what it
+# does differently; a text that begins with a method is for that method. The names of the settings stand in Config.
+RECIPES = {
+    "trl": ("TRL 1.16.0", "trl {method}", "--", " ",
+        "model_name_or_path MODEL, dataset_name DATASET, reward_model_name_or_path REWARD_MODEL, num_processes 1, "
+        "rloo:normalize_advantages True",
+        "no flag for --prompt-length, --kl-estimator, --gamma, --lam; rloo:ratio and clip are per response; "
+        "grpo:KL is in the loss, by k3; the learning rate falls with each update, here with each batch"),
+    "openrlhf": ("OpenRLHF 0.11.2", "python3 -m openrlhf.cli.train_ppo_ray", "--", " ",
+        "actor.model_name_or_path MODEL, reward.model_name_or_path REWARD_MODEL, gae:critic.model_name_or_path MODEL, "
+        "data.prompt_dataset DATASET, data.input_key prompt, actor.lr_scheduler linear, "
+        "gae:critic.lr_scheduler linear, train.colocate_all, vllm.num_engines 1, actor.num_gpus_per_node 1, "
+        "gae:critic.num_gpus_per_node 1, ref.num_gpus_per_node 1, reward.num_gpus_per_node 1",
+        "gae:the value loss is 0.5 x the larger of plain and clipped; rloo:KL is subtracted after the baseline, and "
+        "nothing is whitened; grpo:KL is subtracted after mean and deviation; the learning rate falls at each update"),
+    "verl": ("verl 0.9.1", "python3 -m verl.trainer.main_ppo", "", "=",
+        "actor_rollout_ref.model.path=MODEL, gae:critic.model.path=MODEL, reward.reward_model.model_path=REWARD_MODEL, "
+        "reward.reward_model.enable=True, data.train_files=DATASET.parquet, data.val_files=DATASET.parquet, "
+        "algorithm.use_kl_in_reward=True, actor_rollout_ref.actor.use_dynamic_bsz=True, trainer.n_gpus_per_node=1, "
+        "actor_rollout_ref.rollout.name=vllm, actor_rollout_ref.rollout.tensor_model_parallel_size=1, "
+        "reward.reward_model.rollout.name=vllm, reward.reward_model.rollout.tensor_model_parallel_size=1",
+        "gae:the value loss is 0.5 x the larger of plain and clipped; rloo:nothing is whitened; "
+        "the learning rate does not fall; where A < 0 the ratio is clipped at 3, too"),
+}
 
+def recipe(trainer, config):
+    """The command that starts the same experiment in a trainer, and in comments what is different there."""
+    version, command, before, after, extras, notes = RECIPES[trainer]
+    gae_used = config.advantage == "gae"
+    group = 1 if gae_used else config.group_size
+    derived = {
+        "group": group, "prompts": config.batch_size // group, "samples": config.steps * config.batch_size // group,
+        "updates": config.steps * config.ppo_epochs, "length": config.prompt_length + config.response_length,
+        "estimator": config.advantage.replace("grpo", "group_norm"),
+    }
+    mine = re.compile(f"(?:{config.advantage}:|(?!gae:|rloo:|grpo:))(.*)")
+    extras, notes = ([found[1] for text in texts if (found := mine.match(text))]
+                     for texts in (extras.split(", "), notes.split("; ")))
+    lines = [command.format(method=config.advantage), *(before + each for each in extras)]
+    for each in fields(config):
+        for name in each.metadata["peers"][trainer].split():
+            name, _, value = name.partition("=")
+            if gae_used or not (name.startswith("critic") or each.name in ("gamma", "lam")):
+                lines.append(f"{before}{name}{after}{value.format(**derived) or getattr(config, each.name)}")
+    notes = ["MODEL, DATASET, REWARD_MODEL are yours to name; a real model wants a learning rate of about 1e-6", *notes]
+    return f"# {version}, on one GPU\n" + " \\\n    ".join(lines) + "".join(f"\n# {note}" for note in notes)
 
-def flag(name):
-    """batch_size -> --batch-size"""
-    return "--" + name.replace("_", "-")
-
-
-def parse_arguments(argv):
-    """Read the command line. Raises UserError."""
-    parser = Parser(
-        prog="rlhf_loop_pseudo.py",
-        allow_abbrev=False,
-        description="The complete RLHF-PPO training loop, with real numbers: one step shown in full, or training.",
-    )
-    parser.add_argument("--preset", choices=PRESETS, action=Once, help="sizes to start from; explicit flags win")
+def read_command_line(argv):
+    """Options, and a Config for each beta and advantage; where something is wrong, exits with 2 and one sentence."""
+    parser = argparse.ArgumentParser(
+        prog="rlhf_loop_pseudo.py", usage="%(prog)s [flags], --help lists them", allow_abbrev=False,
+        description="The complete RLHF-PPO training loop, with real numbers: one step shown in full, or training.")
+    add = parser.add_argument
+    add("--preset", choices=PRESETS, default="gpt2", help="sizes to start from; explicit flags win; default gpt2")
     for each in fields(Config):
-        kind = {"int": int, "float": float, "str": str.strip}[each.type]
-        meaning, allowed = each.metadata["meaning"], each.metadata["allowed"]
-        parser.add_argument(
-            flag(each.name),
-            type=reader(kind, allowed),
-            action=Once,
-            nargs="+" if each.name == "beta" else None,
-            metavar=each.name.rsplit("_")[-1].upper(),
-            help=f"{meaning}; {allowed}; default {each.default}",
-        )
-    whole = reader(int, "a whole number of at least 0")
-    parser.add_argument("--inspect", type=whole, action=Once, metavar="ROW", help="show a response token by token")
-    parser.add_argument("--inspect-all", action="store_true", help="with --inspect: every token of a long response")
-    parser.add_argument("--pause", action="store_true", help="wait for Enter between steps")
-    parser.add_argument("--show", nargs="?", const="", action=Once, metavar="NAME", help="print a function; list them")
-    parser.add_argument("--save", action=Once, metavar="FILE.npz", help="save the arrays, or a training's metrics")
-    parser.add_argument("--export", action=Once, metavar="FILE", help="save what was shown, as .svg, .html or .txt")
-    return parser.parse_args([protect(text) for text in (sys.argv[1:] if argv is None else argv)])
-
-
-def protect(text):
-    """A space before a negative number, so that argparse does not take -1e-3 or -inf for a flag."""
-    return f" {text}" if re.fullmatch(r"-(inf|nan|\.?\d[\d.e+-]*)", text, re.IGNORECASE) else text
-
-
-def make_configs(options):
-    """One Config for each beta, from preset and flags. Raises UserError."""
-    given = {name: getattr(options, name) for name in Config.__dataclass_fields__ if getattr(options, name) is not None}
-    settings = {**PRESETS[options.preset or "gpt2"], **given}
+        elsewhere = [f"{peer}: {re.sub('=[^ ]*', '', name)}" for peer, name in each.metadata["peers"].items() if name]
+        text = "; ".join([each.metadata["meaning"], each.metadata["rule"][0], f"default {each.default}", *elsewhere])
+        several, metavar = "+" if each.name in ("beta", "advantage") else None, each.name.split("_")[-1].upper()
+        add("--" + each.name.replace("_", "-"), type=each.type, nargs=several, metavar=metavar, help=text)
+    add("--inspect", type=int, metavar="ROW", help="show a response of the walk-through token by token; default none")
+    add("--pause", action="store_true", help="wait for Enter after every step")
+    add("--show", nargs="?", const="", metavar="NAME", help="print a function and its helpers; without a name, a list")
+    add("--save", type=Path, metavar="FILE.npz", help="save the arrays of the walk-through, or the metrics of training")
+    add("--export", type=Path, metavar="FILE", help="save what was shown, as .svg, .html or .txt")
+    add("--recipe", choices=RECIPES, help="print the command that starts the same experiment in that trainer")
+    options = parser.parse_args(argv)
+    given = {each.name: value for each in fields(Config) if (value := getattr(options, each.name)) is not None}
+    settings = {"beta": [Config.beta], "advantage": [Config.advantage], **PRESETS[options.preset], **given}
     if settings.get("steps", 1) > 1:
         settings.setdefault("drift", 0.0)  # training starts from the reference
-    betas = settings.pop("beta", [Config.beta])
-    if len(set(betas)) < len(betas):
-        raise UserError(f"--beta: {max(betas, key=betas.count):g} is given twice")
-    return [Config(**settings, beta=beta) for beta in betas]
+    betas, advantages = settings.pop("beta"), settings.pop("advantage")
+    try:
+        configs = [Config(**settings, beta=beta, advantage=advantage) for beta in betas for advantage in advantages]
+    except ValueError as problem:
+        parser.error(str(problem))
+    for wrong in problems(options, configs):
+        parser.error(wrong)
+    return options, configs
 
-
-def check_options(options, configs):
-    """Refuse what cannot be done, before any work is done. Raises UserError."""
+def problems(options, configs):
+    """Yields a sentence for each thing that is asked for and cannot be done."""
     config, training = configs[0], configs[0].steps > 1
+    if options.show and not callable(globals().get(options.show)):
+        yield f"--show: {options.show!r} is no function of this file; --show alone lists some"
+    if options.recipe == "trl" and "gae" in [each.advantage for each in configs]:
+        yield "--recipe trl: TRL has no PPO since 1.13, so nothing for --advantage gae; it has rloo and grpo"
     if len(configs) > 1 and not training:
-        raise UserError("--beta: several values are for training, which --steps N (N above 1) asks for")
-    if options.inspect is not None and training:
-        raise UserError("--inspect: shows a response of the walk-through, which --steps above 1 replaces")
-    if options.inspect is not None and options.inspect >= config.batch_size:
-        raise UserError(f"--inspect: row {options.inspect} does not exist, rows go from 0 to {config.batch_size - 1}")
-    if options.inspect_all and options.inspect is None:
-        raise UserError("--inspect-all: needs --inspect ROW")
-    if options.pause and training:
-        raise UserError("--pause: waits between the steps of the walk-through, which --steps above 1 replaces")
-    if options.pause and not (sys.stdin and sys.stdin.isatty()):
-        raise UserError("--pause: waits for Enter, and there is no terminal to press it in")
-    for name, suffixes in (("save", (".npz",)), ("export", EXPORTS)):
-        if getattr(options, name) is not None:
-            check_output(flag(name), getattr(options, name), suffixes)
-    check_memory(config)
+        yield "--beta, --advantage: several values are for training, which --steps above 1 asks for"
+    if options.inspect is not None and (training or not 0 <= options.inspect < config.batch_size):
+        yield f"--inspect: {options.inspect} is no row of a walk-through; 0 to {config.batch_size - 1} are"
+    if options.pause and (training or not sys.stdin.isatty()):
+        yield "--pause: waits for Enter in a terminal, after every step of the walk-through"
+    for path, flag, kinds in ((options.save, "--save", [".npz"]), (options.export, "--export", EXPORTS)):
+        if path and path.suffix not in kinds:
+            yield f"{flag}: {str(path)!r} does not end in {' or '.join(kinds)}"
+        if path and (path.is_dir() or not os.access(path.parent, os.W_OK)):
+            yield f"{flag}: {str(path)!r} cannot be written; its folder has to be there and writable"
+    tokens, weights = config.batch_size * config.response_length, config.width * (config.vocab_size + config.width)
+    logits = 0 if training else tokens * config.vocab_size
+    needed = 4 * (logits + 20 * weights + 16 * tokens * config.width + 32 * config.steps * len(configs))
+    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
+    if needed > available:
+        flags = "--batch-size, --response-length, --vocab-size, --width"
+        yield f"{flags}: {needed // 10**9:,} GB are needed, of {available // 10**9} GB of memory"
 
-
-def check_output(name, given, suffixes):
-    """Refuse a file that could not be written later, by writing beside it now. Raises UserError."""
-    if Path(given).suffix not in suffixes:
-        raise UserError(f"{name}: {given!r} is no file name that ends in {' or '.join(suffixes)}")
-    path = Path(os.path.realpath(given))
-    try:
-        with contextlib.suppress(FileNotFoundError):
-            if not stat.S_ISREG(os.stat(path).st_mode):
-                raise UserError(f"{name}: {given!r} is there and is no ordinary file")
-        if not path.parent.is_dir():
-            raise UserError(f"{name}: the folder {str(path.parent)!r} does not exist")
-        write_whole(path, None)
-    except OSError as error:
-        raise UserError(f"{name}: cannot write {given[:80]!r} ({error.strerror})") from None
-
-
-def write_whole(path, write):
-    """Call write(file) on a new file beside path and put it in path's place: whole, or not at all.
-
-    With None for write it only tries to make that new file. Raises OSError.
-    """
-    path = Path(os.path.realpath(path))
-    partial = path.with_name(f".{os.urandom(8).hex()}.partial")
-    try:
-        with open(partial, "xb") as file:
-            if write:
-                write(file)
-        if write:
-            os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def memory_needed(config):
-    """Estimate of the bytes held at the peak, by the flags that lower them."""
-    batch, length, vocab, width = config.batch_size, config.response_length, config.vocab_size, config.width
-    positions = config.prompt_length + length
-    models = 20 * width * (vocab + width)  # four models, Adam's two states and gradients of two
-    hidden = batch * positions * (10 * width + 40)
-    tokens = batch * length * (20 + 4 * config.ppo_epochs)
-    logits = batch * vocab * 5 + 2 * max(SLICE, vocab) + ((batch + 1) * length * vocab if config.steps == 1 else 0)
-    return {
-        "--vocab-size or --width": 4 * models,
-        "--batch-size, --prompt-length, --response-length or --width": 4 * hidden,
-        "--batch-size, --response-length or --ppo-epochs": 4 * tokens,
-        "--batch-size, --response-length or --vocab-size": 4 * logits,
-        "--steps": 1200 * config.steps,
-    }
-
-
-def memory_available():
-    """Bytes of memory that are free; infinity where the system does not tell."""
-    try:
-        return 1024 * int(re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(encoding="ascii"))[1])
-    except (OSError, TypeError):
-        pass
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, OSError, ValueError):
-        return math.inf
-
-
-def check_memory(config):
-    """Refuse sizes that cannot fit. Raises UserError."""
-    needed, available = memory_needed(config), memory_available()
-    if sum(needed.values()) > available:
-        flags = max(needed, key=needed.get)
-        raise UserError(
-            f"these sizes need {gigabytes(sum(needed.values()))} of memory and {gigabytes(available)} are free: "
-            f"lower {flags}"
-        )
-
-
-def gigabytes(size):
-    """Bytes as text, in units of a thousand million."""
-    return f"{size / 1e9:,.1f} GB" if size < 10**18 else "over a billion GB"
-
+def start(console, config, kept, reward_model=None):
+    """Models and random numbers; where tokens are letters, the human chooses and the reward model learns, once."""
+    rng = np.random.default_rng(config.seed)
+    models = init_models(config, rng)
+    if reward_model:
+        models = models._replace(reward_model=reward_model)
+    elif config.readable:
+        models, seen = learn_from_human(models, config, np.random.default_rng([config.seed, 1]))
+        kept.update((f"preferences/{name}", array) for name, array in seen.items())
+        show(console, feedback_page(seen, config))
+    return models, rng
 
 def run_walk_through(console, options, config, kept):
     """Show one step; kept collects the arrays for --save."""
-    rng = default_rng(config.seed)
-    models, sizes = init_models(config, rng), []
-    say(console, "=== RLHF Training Loop Demo ===", style="bold")
-    console.print()
-    for number, (show, stage) in enumerate(zip(STEPS, walk_through(models, config, rng)), start=1):
-        sizes += [(title(name), array.shape, array.nbytes) for name, array in stage.items()]
+    show(console, f"=== RLHF Training Loop Demo ===\n{LEGEND}")
+    models, rng = start(console, config, kept)
+    pages, arrays = step_pages(kept, config), []
+    for stage in walk_through(models, config, rng):
         kept.update(stage)
-        if "ratio" in stage:
-            check_finite(1, config, stage["actor_loss"], stage["critic_loss"])
-        show(console, kept, config)
+        arrays += [(name, array.shape, array.nbytes) for name, array in stage.items()]
+        show(console, next(pages))
         kept.pop("logits", None)
-        if options.pause and number < len(STEPS):
-            wait_for_enter(console)
-    for model, weights in models._asdict().items():
-        sizes += [(f"{title(model)} {name}", array.shape, array.nbytes) for name, array in weights.items()]
-    show_costs(console, models, config, sizes)
+        if options.pause:
+            print("  [Enter] ", end="", flush=True)
+            sys.stdin.readline()
+    show(console, cost_page(models, config, arrays))
     if options.inspect is not None:
-        show_response(console, kept, config, options.inspect, options.inspect_all)
-
-
-def wait_for_enter(console):
-    """Stop until Enter is pressed; the end of the input counts as that."""
-    print("  [Enter] ", end="", flush=True)
-    if not sys.stdin.buffer.readline():
-        console.print()
-    console.print()
-
-
-def check_finite(step, config, *losses):
-    """Raises Diverged."""
-    if not all(np.isfinite(loss).all() for loss in losses):
-        raise Diverged(
-            f"step {step} at beta {config.beta:g}: the loss is not a finite number any more, an update was too large; "
-            "try a lower --learning-rate, --beta or --drift"
-        )
-
-
-def run_training(console, config, history):
-    """Train at one beta and show the checkpoints; history collects the metrics of each step.
-
-    Returns (gain, response): what attainable_gain says, None where that would cost too much; the last response.
-    """
-    rng = default_rng(config.seed)
-    models = init_models(config, rng)
-    say(console, f"=== RLHF Training, β = {config.beta:g} ===", style="bold")
-    say(console, f"  {config.steps} steps of {config.batch_size} responses; means per response, clipped per token")
-    console.print()
-    show_checkpoint_header(console)
-    checkpoints = np.linspace(1, config.steps, min(11, config.steps)).round()
-    with progress_bar(console) as progress:
-        task = progress.add_task("", total=config.steps)
-        for step, (metrics, response) in enumerate(train(models, config, rng), start=1):
-            history.append(metrics)
-            check_finite(step, config, metrics["loss/policy_avg"], metrics["loss/value_avg"])
-            score, kl = metrics["objective/scores"], metrics["objective/kl"]
-            progress.update(task, advance=1, description=f"step {step}: score {score:.3f}, KL {kl:.2f}")
-            if step in checkpoints:
-                progress.stop()
-                show_checkpoint(console, step, metrics, response, config)
-                progress.start()
-    if not theory_is_cheap(config):
-        return None, response
-    rng = default_rng([config.seed, 1])  # so that theory and training do not disturb each other
-    return attainable_gain(models.actor, models.reference, models.reward_model, config, rng), response
-
+        show(console, response_page(kept, config, options.inspect))
 
 def run_trainings(console, configs, kept):
-    """Train at each beta and compare; kept collects the metrics for --save, complete or not."""
-    histories, gains, rows = [[] for _ in configs], [], []
-    try:
-        for config, history in zip(configs, histories):
-            gain, response = run_training(console, config, history)
-            gains.append(gain or {})
-            if gain is None:
-                score, kl, total = (history[-1][f"objective/{name}"] for name in ("scores", "kl", "rlhf_reward"))
-                gain = {"score": score, "kl": kl, "J": total, "share": math.nan}
-            rows.append((config.beta, gain, token_text(response, config)))
-            console.print()
-            if len(configs) == 1:
-                show_metrics(console, join_histories(histories, [], configs))
-                if gains[0]:
-                    show_theory(console, gain, config)
-                else:
-                    explain(console, "", "No comparison with theory: at these sizes it would cost more than it tells.")
-    finally:
-        with uninterrupted():
-            kept.update(join_histories(histories, gains, configs))
+    """Train once for each Config and compare; kept collects (runs, steps) and (runs,) arrays for --save."""
+    runs, steps, reward_model = [], configs[0].steps, None
+    show(console, LEGEND)
+    for run, config in enumerate(configs):
+        models, rng = start(console, config, kept, reward_model)
+        reward_model = models.reward_model  # frozen, so it serves all
+        history, texts = {}, []
+        with make_progress(label_of(config), steps) as progress:
+            for metrics, response in train(models, config, rng):
+                for name, value in metrics.items():
+                    history[name] = kept.setdefault(name, np.full((len(configs), steps), np.nan))[run]
+                    history[name][len(texts)] = value
+                texts.append(text_of(response, config))
+                live = zip(("score", "human", "KL"), figures(metrics, ("score", "human", "KL")))
+                progress.update(0, advance=1, description=" ".join(map(" ".join, live)))
+        rng = np.random.default_rng([config.seed, 2])  # so that theory and training do not disturb each other
+        gain = attainable_gain(models, config, rng) if theory_is_cheap(config) else {}
+        for name, value in gain.items():
+            kept.setdefault(f"theory/{name}", np.full(len(configs), np.nan))[run] = value
+        runs.append((config, history, gain, texts))
+        show(console, training_page(console, *runs[-1]))
+        if len(configs) == 1:
+            show(console, theory_page(gain, config))
     if len(configs) > 1:
-        show_comparison(console, rows)
+        show(console, comparison_page(console, runs))
 
-
-def join_histories(histories, gains, configs):
-    """Metrics as arrays: (steps,) for one beta, (betas, steps) for several, NaN where a run did not get to."""
-    several, joined = len(configs) > 1, {}
-    steps = configs[0].steps if several else len(histories[0])
-    for name in histories[0][0] if histories[0] else ():
-        rows = [[metrics[name] for metrics in history] + [np.nan] * (steps - len(history)) for history in histories]
-        joined[name] = np.array(rows, dtype=np.float64)
-    for name in gains[0] if gains else ():
-        joined[f"theory/{name}"] = np.array([gain[name] for gain in gains] + [np.nan] * (len(configs) - len(gains)))
-    return joined if several else {name: values[0] for name, values in joined.items()}
-
-
-def run(options):
-    """Do what the command line asks for. Returns the exit code; raises UserError."""
-    if options.show is not None:
-        for name, value in vars(options).items():
-            if name != "show" and value is not None and value is not False:
-                raise UserError(f"--show: prints a function and nothing else, {flag(name)} has no place beside it")
-        show_source(options.show)
-        return 0
-    configs = make_configs(options)
-    check_options(options, configs)
-    console, kept = Screen(record=options.export is not None), {}
-    code = 130
+def write_whole(path, write):
+    """Call write(file) on a new file beside path and put it in path's place: whole, or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
     try:
-        code = work(console, options, configs, kept)
+        with open(partial, "wb") as file:
+            write(file)
+        os.replace(partial, path)
     finally:
-        with uninterrupted():
-            code = max(code, write_results(console, options, configs, kept))
-    return code
+        partial.unlink(missing_ok=True)
 
+def save(path, configs, kept):
+    """Write what kept holds, and the configuration as JSON; a single training's arrays without the axis of runs."""
+    if configs[0].steps > 1 and len(configs) == 1:
+        kept = {name: array if name.startswith("preferences") else array[0] for name, array in kept.items()}
+    config = asdict(configs[0])
+    for name in ("beta", "advantage"):
+        values = [getattr(each, name) for each in configs]
+        config[name] = values if len(set(values)) > 1 else values[0]
+    write_whole(path, lambda file: np.savez(file, config=json.dumps(config), **kept))
 
-@contextlib.contextmanager
-def uninterrupted():
-    """Ignore Ctrl-C, which must not lose what is being saved. Only a main thread gets one."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler or signal.SIG_DFL)
-
-
-def work(console, options, configs, kept):
-    """Compute and show, kept collecting the arrays. Returns the exit code, whatever happens."""
-    try:
-        with np.errstate(all="ignore"):  # a loss that is not finite is reported by check_finite
-            if configs[0].steps > 1:
-                run_trainings(console, configs, kept)
-            else:
-                run_walk_through(console, options, configs[0], kept)
-    except KeyboardInterrupt:
-        say(console, "\nInterrupted.")
-        return 130
-    except Diverged as problem:
-        return complain(problem)
-    except OSError as problem:  # the output is full
-        silence(sys.stdout)
-        return complain(problem)
-    except MemoryError as problem:
-        return complain(str(problem) or "not enough memory")
-    return 0
-
-
-def write_results(console, options, configs, kept):
-    """Write the files of --save and --export. Returns the exit code: 1 where one of them failed."""
-    betas = [config.beta for config in configs]
-    config = json.dumps({**asdict(configs[0]), "beta": betas if len(betas) > 1 else betas[0]})
-    kept = {name: array for name, array in kept.items() if name != "logits"}
-    code = 0
-    for name, write in (
-        ("save", lambda path: write_whole(path, lambda file: np.savez(file, config=config, **kept))),
-        ("export", lambda path: export(console, path)),
-    ):
-        path = getattr(options, name)
-        try:
-            if path is not None:
-                write(Path(path))
-        except OSError as problem:
-            code = complain(f"{flag(name)}: cannot write {path!r} ({problem.strerror})")
-    return code
-
-
-def complain(problem, code=1):
-    """One sentence on stderr, if there is one. Returns the exit code."""
-    sentence = "".join(letter if letter.isprintable() else "?" for letter in str(problem))
-    try:
-        if sys.stderr:
-            print(f"rlhf_loop_pseudo.py: {sentence}", file=sys.stderr)
-    except OSError:
-        silence(sys.stderr)
-    return code
-
-
-def interrupt_once(*_):
-    """Ctrl-C: stop, and ignore a second one, which could lose what the first one saves."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    raise KeyboardInterrupt
-
+def export(path, console):
+    """Write what was shown in the format of path's suffix, in colours that can be read on black."""
+    text = console.export_text(clear=False)
+    console.width = max([80, *map(len, text.splitlines())])
+    red, green, yellow, blue = (255, 120, 120), (80, 210, 120), (220, 200, 90), (130, 170, 255)
+    colours = [(0, 0, 0), red, green, yellow, blue, (220, 140, 230), (80, 200, 220), (255, 255, 255)]
+    theme = TerminalTheme((12, 12, 12), (255, 255, 255), colours)
+    if path.suffix == ".svg":
+        text = console.export_svg(title="rlhf_loop_pseudo", theme=theme)
+    elif path.suffix == ".html":
+        text = console.export_html(theme=theme)
+    write_whole(path, lambda file: file.write(text.encode("utf-8")))
 
 def main(argv=None):
     """Run the command line argv, sys.argv without it. Returns the exit code: 0, 1, 2 or 130."""
-    codecs.register_error("spell_out", spell_out)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="spell_out")
+            stream.reconfigure(errors="replace")  # an encoding without Greek letters gets question marks
     try:
-        return run(parse_arguments(argv))
-    except SystemExit as done:  # --help
-        return done.code or 0
+        options, configs = read_command_line(argv)
+    except SystemExit as stop:  # --help, or bad input
+        return stop.code
+    console, kept, code = make_console(record=options.export is not None), {}, 0
+    try:
+        with np.errstate(all="ignore"):  # check_finite speaks of what is not finite
+            if options.show is not None:
+                show_source(console, options.show)
+            elif options.recipe:
+                print("\n\n".join(recipe(options.recipe, config) for config in configs))
+            elif configs[0].steps == 1:
+                run_walk_through(console, options, configs[0], kept)
+            else:
+                run_trainings(console, configs, kept)
     except KeyboardInterrupt:
-        return 130
-    except UserError as problem:
-        return complain(problem, code=2)
-    except (OSError, MemoryError) as problem:
-        return complain(str(problem) or "not enough memory")
-
+        show(console, "\nInterrupted.")
+        code = 130
+    except FloatingPointError as problem:
+        print(f"rlhf_loop_pseudo.py: {problem}", file=sys.stderr)
+        code = 1
+    finally:
+        if options.save and kept:
+            save(options.save, configs, kept)
+        if options.export:
+            export(options.export, console)
+    return code
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, interrupt_once)
-    exit_code = main()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # nothing is left to interrupt
-    sys.exit(exit_code)
+    sys.exit(main())

@@ -3,9 +3,8 @@
     python tests/benchmark.py            the module against itself
     python tests/benchmark.py --torch    and against the same steps in PyTorch (CPU, eager)
 
-A ratio is the median over rounds in which what is compared takes turns, after a warm-up: it carries over
-to other machines, where a time in seconds would not. Whole processes run as they are; in the other rows both
-sides have one thread, or OPENBLAS_NUM_THREADS=2 gives both two. Sizes are the defaults unless a row names others.
+A ratio is the median over rounds in which what is compared takes turns, after a warm-up: it carries over to other
+machines, where a time in seconds would not. Each side has one thread. Sizes are the defaults unless a row names others.
 """
 
 import argparse
@@ -16,8 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-CHILDREN = dict(os.environ)  # whole processes choose their own number of threads
-THREADS = os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy, which reads it once
+os.environ["OPENBLAS_NUM_THREADS"] = "1"  # before numpy, which reads it once
 
 import numpy as np
 
@@ -32,8 +30,7 @@ print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platfor
 
 
 def seconds(action):
-    """Time of one call, begun when the threads of the one before no longer spin."""
-    time.sleep(0.05)
+    """Time of one call."""
     start = time.perf_counter()
     action()
     return time.perf_counter() - start
@@ -43,25 +40,21 @@ def ratios(rounds, base, *actions):
     """Time of each action as a multiple of base's: medians over rounds in which all take turns."""
     for action in (base, *actions):
         action()
-    times, end = [], time.monotonic() + 12  # a busy machine gets fewer rounds, at least three
-    while len(times) < 3 or (len(times) < rounds and time.monotonic() < end):
-        times.append([seconds(action) for action in (base, *actions)])
-    times = np.array(times)
+    times = np.array([[seconds(action) for action in (base, *actions)] for _ in range(rounds)])
     return np.median(times[:, 1:] / times[:, :1], axis=0)
 
 
 def child(*arguments):
     """A function that runs python with these arguments, its output thrown away."""
-    return lambda: subprocess.run([sys.executable, *arguments], stdout=subprocess.DEVNULL, env=CHILDREN, check=True)
+    return lambda: subprocess.run([sys.executable, *arguments], stdout=subprocess.DEVNULL, check=True)
 
 
 def peak(*arguments):
     """Peak memory in MB of the module run with these arguments; it hardly varies, so one run is enough."""
-    command = [sys.executable, "-c", PEAK, sys.executable, str(SCRIPT), *arguments]
-    return float(subprocess.check_output(command, env=CHILDREN))
+    return float(subprocess.check_output([sys.executable, "-c", PEAK, sys.executable, str(SCRIPT), *arguments]))
 
 
-def show(name, limit, aim, measured, unit="x"):
+def show(name, measured, limit, aim, unit="x"):
     """Print one row."""
     reached = "aim" if measured <= aim else "limit" if measured <= limit else "NEITHER"
     cells = [f"{measured:.{2 if unit == 'x' else 0}f}{unit}", f"{limit:g}{unit}", f"{aim:g}{unit}", reached]
@@ -79,21 +72,45 @@ def gradient_inputs(config):
     return actor, prompts, responses, logprobs, advantages, mask, config.clip
 
 
-def gradient_floor(states, head):
-    """A function that does only what no actor_gradients can spare, in slices as it does."""
-    slices = loop.row_slices(len(states), head.shape[1])
-    buffer, d_head = np.empty((slices[0].stop, head.shape[1]), head.dtype), np.empty_like(head)
+def floor_by_rows(states, head, numbers):
+    """A function that does only what no actor_gradients can spare, in slices of some rows and all columns."""
+    step = max(1, numbers // head.shape[1])
+    buffer, d_head = np.empty((step, head.shape[1]), head.dtype), np.empty_like(head)
 
     def floor():
-        """The products and the exp; what they return is of no use."""
-        for rows in slices:
-            h = states[rows]
-            matrix = np.matmul(h, head, out=buffer[: len(h)])  # (n, D) @ (D, V)
+        for start in range(0, len(states), step):
+            rows = states[start : start + step]
+            matrix = np.matmul(rows, head, out=buffer[: len(rows)])  # (n, D) @ (D, V)
             np.exp(matrix, out=matrix)
-            np.matmul(h.T, matrix, out=d_head)  # (D, n) @ (n, V)
+            np.matmul(rows.T, matrix, out=d_head)  # (D, n) @ (n, V)
             matrix @ head.T  # (n, V) @ (V, D)
 
     return floor
+
+
+def floor_by_columns(states, head, numbers):
+    """The same in slices of all rows and some columns, the vocabulary's."""
+    step = max(1, numbers // len(states))
+    buffer = np.empty((len(states), step), head.dtype)
+
+    def floor():
+        for start in range(0, head.shape[1], step):
+            columns = head[:, start : start + step]
+            matrix = buffer if columns.shape[1] == step else np.empty((len(states), columns.shape[1]), head.dtype)
+            np.exp(np.matmul(states, columns, out=matrix), out=matrix)  # (N, D) @ (D, v)
+            states.T @ matrix  # (D, N) @ (N, v)
+            matrix @ columns.T  # (N, v) @ (v, D)
+
+    return floor
+
+
+def fastest_floor(actor, prompts, responses):
+    """The faster of both, in slices of the size that suits it best on this machine."""
+    hidden, _ = loop.backbone(actor, loop.response_inputs(prompts, responses))
+    states = hidden[:, prompts.shape[1] - 1 :].reshape(-1, hidden.shape[2])  # (N, D)
+    kinds, sizes = (floor_by_rows, floor_by_columns), (100_000, 250_000, 500_000, 1_000_000, 2_000_000)
+    floors = [kind(states, actor["head"], numbers) for kind in kinds for numbers in sizes]
+    return floors[np.argmin([1, *ratios(5, *floors)])]
 
 
 def drained(**sizes):
@@ -119,9 +136,8 @@ def torch_hidden(model, tokens):
 
 
 def torch_outputs(model, prompts, responses):
-    """response_states @ head: logits (B, T, V) or values (B, T, 1)."""
-    hidden = torch_hidden(model, torch.cat([prompts, responses[:, :-1]], 1))
-    return hidden[:, prompts.shape[1] - 1 :] @ model["head"]
+    """Logits (B, T, V) or values (B, T, 1)."""
+    return torch_hidden(model, torch.cat([prompts, responses[:, :-1]], 1))[:, prompts.shape[1] - 1 :] @ model["head"]
 
 
 def torch_logprobs(model, prompts, responses):
@@ -157,7 +173,7 @@ def torch_batch(actor, critic, reward_model, reference, config):
     rows, ends = torch.arange(config.batch_size), mask.sum(1).long() - 1
     last = torch_hidden(reward_model, torch.cat([prompts, responses], 1))[rows, config.prompt_length + ends]
     rewards = -config.beta * (logprobs - torch_logprobs(reference, prompts, responses)) * mask
-    rewards[rows, ends] += torch.sigmoid((last @ reward_model["head"])[:, 0])
+    rewards[rows, ends] += (last @ reward_model["head"])[:, 0]
     values = torch_outputs(critic, prompts, responses)[..., 0] * mask
     advantages, next_value, next_advantage = torch.zeros_like(values), torch.zeros(len(rows)), torch.zeros(len(rows))
     for t in reversed(range(config.response_length)):
@@ -170,7 +186,7 @@ def torch_batch(actor, critic, reward_model, reference, config):
 
 
 def torch_train(config):
-    """train from fresh models, without its metrics."""
+    """core_loop from fresh models."""
     models = loop.init_models(config, np.random.default_rng(config.seed))
     actor, critic, *frozen = map(tensors, models, (True, True, False, False))
     optimizers = [torch.optim.Adam(model.values()) for model in (actor, critic)]
@@ -193,59 +209,52 @@ def torch_train(config):
 
 def show_torch_rows(config, inputs):
     """What is compared with PyTorch in this process; inputs are those of actor_gradients."""
-    torch.set_num_threads(int(THREADS))
+    torch.set_num_threads(1)
     actor, prompts, *rest = tensors(inputs[0]), *map(torch.tensor, inputs[1:-1])
     length, eos_token, fresh = config.response_length, config.vocab_size - 1, np.random.default_rng
-    letters = loop.Config(**loop.PRESETS["letters"], steps=20, drift=0.0)
-    sampling = torch.no_grad()(torch_generate)
+    letters = loop.Config(**{**loop.PRESETS["letters"], "beta": 0.2, "drift": 0.0, "steps": 20})
 
     def torch_gradients():
-        """actor_gradients."""
-        loss = torch_policy_loss(actor, prompts, *rest, config.clip)
-        torch.autograd.grad(loss, list(actor.values()))
+        torch.autograd.grad(torch_policy_loss(actor, prompts, *rest, config.clip), list(actor.values()))
 
+    @torch.no_grad()
     def torch_sampling():
-        """generate."""
-        sampling(actor, prompts, length, eos_token)
+        torch_generate(actor, prompts, length, eos_token)
 
     def numpy_sampling():
-        """generate, of the module."""
         loop.generate(*inputs[:2], length, fresh(0), eos_token, keep_logits=False)
 
     def numpy_train():
-        """train from fresh models, of the module."""
         list(loop.train(loop.init_models(letters, fresh(0)), letters, fresh(0)))
 
-    show("actor_gradients / PyTorch", 0.5, 0.3, *ratios(5, torch_gradients, lambda: loop.actor_gradients(*inputs)))
-    show("generate / PyTorch", 0.4, 0.2, *ratios(5, torch_sampling, numpy_sampling))
-    show("training, preset letters / PyTorch", 1, 0.5, *ratios(5, lambda: torch_train(letters), numpy_train))
+    show("actor_gradients / PyTorch", *ratios(5, torch_gradients, lambda: loop.actor_gradients(*inputs)), 0.5, 0.3)
+    show("generate / PyTorch", *ratios(5, torch_sampling, numpy_sampling), 0.4, 0.2)
+    show("training, preset letters / PyTorch", *ratios(5, lambda: torch_train(letters), numpy_train), 1, 0.5)
 
 
 def main():
     """Print the table, a row as soon as it is measured."""
     versions = ", ".join(f"{module.__name__} {module.__version__}" for module in (np, torch) if module)
-    print(f"{versions}, threads: {THREADS}".ljust(46) + "measured   limit     aim reached", flush=True)
+    print(f"{versions}".ljust(46) + "measured   limit     aim reached", flush=True)
     if torch:
-        processes = child("-c", "import torch"), child(str(SCRIPT))
-        show("walk-through, whole process / import torch", 0.8, 0.4, *ratios(5, *processes))
+        measured = ratios(7, child("-c", "import torch"), child(str(SCRIPT)))
+        show("walk-through, whole process / import torch", *measured, 0.75, 0.6)
     inputs = gradient_inputs(loop.Config())
-    actor, prompts, responses, *_, mask, _ = inputs
-    floor = gradient_floor(loop.response_states(actor, prompts, responses)[mask != 0], actor["head"])
-    measured = ratios(9, floor, lambda: loop.actor_gradients(*inputs))
-    show("actor_gradients / three products and an exp", 1.6, 1.25, *measured)
+    measured = ratios(9, fastest_floor(*inputs[:3]), lambda: loop.actor_gradients(*inputs))
+    show("actor_gradients / three products and an exp", *measured, 1.75, 1.5)
     if torch:
         show_torch_rows(loop.Config(), inputs)
     if sys.platform == "win32":
         print("peak memory: skipped, Windows has no resource module")
     else:
-        show("walk-through, peak memory", 400, 250, peak(), " MB")
+        show("walk-through, peak memory", peak(), 250, 200, " MB")
         small = ("--steps=2", "--prompt-length=16", "--response-length=16")
         more = peak(*small, "--batch-size=64") - peak(*small, "--batch-size=4")
-        show("peak, 2 steps of P 16, T 16: B 64 less B 4", 80, 20, more, " MB")
+        show("peak, 2 steps of P 16, T 16: B 64 less B 4", more, 80, 20, " MB")
     half = {"batch_size": 2, "prompt_length": 32, "response_length": 64, "vocab_size": 25128}
     doubled = [drained(**{**half, name: 2 * half[name]}) for name in ("batch_size", "response_length", "vocab_size")]
     for letter, measured in zip("BTV", ratios(5, drained(**half), *doubled)):
-        show(f"loop when {letter} doubles, from half of all sizes", 2.3, 2.05, measured)
+        show(f"loop when {letter} doubles, from half of all sizes", measured, 2.3, 2.05)
 
 
 if __name__ == "__main__":
