@@ -1029,13 +1029,13 @@ def feedback_page(seen, config):
     pairs = [chosen + rejected for chosen, rejected in zip(cells[:3], cells[len(cells) // 2 :])]
     first, last, right, most = seen["losses"][0], seen["losses"][-20:].mean(), seen["accuracy"], seen["best_accuracy"]
     return f"""Before the loop: [human]human[/] feedback, and a [reward]reward[/] model that learns from it
-  Preference pairs: [human]{config.preference_pairs}[/] | the human likes vowels and consonants mixed,
-                                      no letter twice, and errs now and then
+  Preference pairs: [human]{config.preference_pairs}[/] | the human likes vowels mixed evenly with
+                                      consonants, no letter twice, and may err
   Reward model loss: [reward]{first:.3f} -> {last:.3f}[/] | of -log sigmoid(chosen - rejected)
   Fresh pairs right: [reward]{right:.1%}[/] | of at most [human]{most:.1%}[/], choices being so noisy
 {table(["chosen", "human", "score", "", "rejected", "human", "score", ""], pairs)}\
-    Scores have mean 0 and deviation 1 over the reference's responses. Now the model
-    is frozen. It never sees what the human thinks, only which of two was chosen."""
+    Scores have mean 0, deviation 1 over the reference's responses; now the model
+    is frozen. It never saw what the human thinks, only which of two was chosen."""
 
 def step_pages(data, config):
     """The seven pages of the walk-through, each of the arrays that data holds by then."""
@@ -1081,7 +1081,7 @@ def step_pages(data, config):
   By estimator: [reference]k1 {k1}, k2 {k2}, k3 {k3}[/]
   Exact KL: [reference]{exact}[/] | over all {config.vocab_size} tokens, at each position
     Why k1 is negative on {real_mean(data["k1"] < 0, mask):.0%} of the tokens: it looks at the sampled one only.
-    Its mean over many is the exact KL, which never is. As a reward, k1 alone has
+    Its mean over many is the exact KL, which never is. As a reward only k1 has
     the gradient of the KL: with k2 or k3 in its place the actor drifts off."""
     totals, first, first_kl = data["total_rewards"], fixed(scores[0], 4), fixed(kl[0].sum(), 4)
     yield f"""Step 5: Compute total rewards
@@ -1129,8 +1129,8 @@ def step_pages(data, config):
     actor loss = mean of -min(ratio * A, clipped ratio * A), A from step 6
 {returns if gae_used else ""}{table(["epoch", "ratio", "clipped", *(f"{name} loss" for name in names), ""], rows)}\
 {"".join(f"  {name.title()} loss: {text}" + chr(10) for name, text in last.items())}\
-    clipped: tokens whose gain, and so gradient, the clip takes away: the ratio is
-    above {high} where A > 0, or below {low} where A < 0.
+    clipped: tokens whose gain, and so gradient, the clip takes away: those with
+    the ratio above {high} where A > 0, or below {low} where A < 0.
     Why the ratio is 1 in epoch 1: the weights are still those that generated.
     The loss is then minus the mean of A, about 0, but its gradient is not.
 
@@ -1173,9 +1173,9 @@ def response_page(data, config, row):
         rows.append([str(t), f"[actor]{token}[/]", *numbers, f"[actor]{ratio}[/]"])
     return f"""Response {row}, {len(rows)} tokens, with the ratio of the last epoch (*: clipped)
 {table(["t", "tok", *columns, "ratio"], rows, gap=" ")}\
-    actor, ref: log probabilities; rew: reward; adv: advantage; white: whitened adv
-    with a critic: TD = rew + γ value[t+1] - value; adv = TD + γ λ adv[t+1], both 0
-    past the end; return = adv + value"""
+    actor, ref: log probabilities; rew: reward; adv: advantage; white: whitened.
+    With a critic: TD = rew + γ value[t+1] - value, adv = TD + γ λ adv[t+1], all 0
+    past the end; return = adv + value."""
 
 def label_of(config):
     """What tells the trainings of one command apart."""
@@ -1220,33 +1220,38 @@ def figures(metrics, heads=COLUMNS):
     columns = (COLUMNS[head] for head in heads)
     return [f"[{owner}]{fixed(metrics.get(name, np.nan), digits)}[/]" for owner, digits, name in columns]
 
-def training_page(console, config, history, gain, texts):
-    """A training: some of its steps with a response in words, hacking where it was measured, and its course."""
-    scores, steps = smooth(history["objective/scores"]), smooth(np.arange(config.steps))
-    curves, notes, best = [("score", "reward", steps, scores, 0)], "", -1
+def training_page(config, history, texts):
+    """A training: some of its steps with a response in words, and hacking where it was measured."""
+    notes, best, scores = "", -1, smooth(history["objective/scores"])
     if config.kl_estimator != "k1" and config.beta:
         notes += f"    As a reward {config.kl_estimator} does not have the gradient of the KL: the actor drifts off.\n"
     if config.readable:
         human = smooth(history["objective/human_scores"])
-        curves.append(("human", "human", steps, human, 1))
-        best = int(steps[np.argmax(human)])
+        best = int(smooth(np.arange(config.steps))[np.argmax(human)])
         if human[-1] < human[0] and scores[-1] > scores[0]:
             low, high, first, peak, last = (fixed(x) for x in (scores[0], scores[-1], human[0], human.max(), human[-1]))
-            notes += f"    Reward hacking: the score rose from {low} to {high}; the human's opinion went from {first}\n"
-            notes += f"    up to {peak} and down to {last}: the actor writes what the model likes, not the human.\n"
+            notes += f"    Reward hacking: the score rose from {low} to {high}, the human's opinion went\n"
+            notes += f"    from {first} to {peak} and down to {last}. The model likes this, the human does not.\n"
+    rows, quadratic = [], ((config.steps - 1) * np.linspace(0, 1, 10) ** 2).round()  # denser where most happens
+    for step in sorted({*quadratic.astype(int), best} - {-1}):
+        metrics = {name: values[step] for name, values in history.items()}
+        rows.append([f"{step + 1}[human]{'*' if step == best else ''}[/]", *figures(metrics), f"[actor]{texts[step]}[/]"])
+    return f"""=== RLHF Training, {label_of(config)} ===
+    {config.steps} steps of {config.batch_size} responses. Means per response, clipped per token;
+    total = score - β * KL{"; *: where the human likes them best" if config.readable else ""}.
+{table(["step", *COLUMNS, "a response"], rows)}{notes}"""
+
+def course_page(console, config, history, gain):
+    """What matters over the steps: the score, the human's opinion on a scale of its own, and what theory allows."""
+    steps = smooth(np.arange(1, config.steps + 1))
+    curves = [("score", "reward", steps, smooth(history["objective/scores"]), 0)]
+    if config.readable:
+        curves.append(("human", "human", steps, smooth(history["objective/human_scores"]), 1))
     if config.beta:
         curves.append(("score - β KL", "n", steps, smooth(history["objective/rlhf_reward"]), 0))
     if gain:
         curves.append(("J*, its limit", "reference", steps[[0, -1]], np.full(2, gain["J_star"]), 0))
-    rows, quadratic = [], ((config.steps - 1) * np.linspace(0, 1, 10) ** 2).round()  # denser where most happens
-    for step in sorted({*quadratic.astype(int), best} - {-1}):
-        metrics = {name: values[step] for name, values in history.items()}
-        rows.append([f"{step + 1}[human]{'*' * (step == best)}[/]", *figures(metrics), f"[actor]{texts[step]}[/]"])
-    return f"""=== RLHF Training, {label_of(config)} ===
-    {config.steps} steps of {config.batch_size} responses. Means per response, but clipped is a fraction of tokens;
-    total: score - β * KL{"; *: the human likes the responses best" if config.readable else ""}.
-{table(["step", *COLUMNS, "a response"], rows)}{notes}
-{chart(console, "step", curves)}"""
+    return f"The course of the training\n{chart(console, 'step', curves)}"
 
 def share_of(gain):
     """The share with its standard error, in percent; a dash where what could be gained is lost in noise."""
@@ -1282,8 +1287,9 @@ def comparison_page(console, runs):
         starts[fixed(gain.get("J_start", np.nan))] = None
     page = f"""The same training, compared on fresh prompts
 {table(["", "score", "human", "KL", "J", "share", "passes", "a response"], rows)}\
-    J = score - β * KL, from {" or ".join(starts)} at the start. share: of the gain in J that can be had at
-    this β, at most, ± standard error. passes: forward+backward of all models, a step.
+    J = score - β * KL, {" or ".join(starts)} at the start. share: of the gain in J that
+    can be had at this β, at most, ± standard error. passes: forward+backward of
+    all models in a step.
 """
     if not runs[0][0].readable:
         return page
@@ -1499,8 +1505,9 @@ def run_trainings(console, configs, kept):
         for name, value in gain.items():
             kept.setdefault(f"theory/{name}", np.full(len(configs), np.nan))[run] = value
         runs.append((config, history, gain, texts))
-        show(console, training_page(console, *runs[-1]))
+        show(console, training_page(config, history, texts))
         if len(configs) == 1:
+            show(console, course_page(console, config, history, gain))
             show(console, theory_page(gain, config))
     if len(configs) > 1:
         show(console, comparison_page(console, runs))
