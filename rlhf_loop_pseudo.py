@@ -1034,8 +1034,8 @@ def feedback_page(seen, config):
   Reward model loss: [reward]{first:.3f} -> {last:.3f}[/] | of -log sigmoid(chosen - rejected)
   Fresh pairs right: [reward]{right:.1%}[/] | of at most [human]{most:.1%}[/], choices being so noisy
 {table(["chosen", "human", "score", "", "rejected", "human", "score", ""], pairs)}\
-    Scores have mean 0, deviation 1 over the reference's responses; now the model
-    is frozen. It never saw what the human thinks, only which of two was chosen."""
+    Scores have mean 0, deviation 1 over the reference's responses; the model is
+    frozen now. It never saw what the human thinks, only which of two was chosen."""
 
 def step_pages(data, config):
     """The seven pages of the walk-through, each of the arrays that data holds by then."""
@@ -1174,8 +1174,8 @@ def response_page(data, config, row):
     return f"""Response {row}, {len(rows)} tokens, with the ratio of the last epoch (*: clipped)
 {table(["t", "tok", *columns, "ratio"], rows, gap=" ")}\
     actor, ref: log probabilities; rew: reward; adv: advantage; white: whitened.
-    With a critic: TD = rew + γ value[t+1] - value, adv = TD + γ λ adv[t+1], all 0
-    past the end; return = adv + value."""
+    With a critic: TD = rew + γ value[t+1] - value, adv = TD + γ λ adv[t+1], 0 past
+    the end; return = adv + value."""
 
 def label_of(config):
     """What tells the trainings of one command apart."""
@@ -1231,11 +1231,12 @@ def training_page(config, history, texts):
         if human[-1] < human[0] and scores[-1] > scores[0]:
             low, high, first, peak, last = (fixed(x) for x in (scores[0], scores[-1], human[0], human.max(), human[-1]))
             notes += f"    Reward hacking: the score rose from {low} to {high}, the human's opinion went\n"
-            notes += f"    from {first} to {peak} and down to {last}. The model likes this, the human does not.\n"
+            notes += f"    from {first} to {peak} and down to {last}: it is the model that likes the last.\n"
     rows, quadratic = [], ((config.steps - 1) * np.linspace(0, 1, 10) ** 2).round()  # denser where most happens
     for step in sorted({*quadratic.astype(int), best} - {-1}):
         metrics = {name: values[step] for name, values in history.items()}
-        rows.append([f"{step + 1}[human]{'*' if step == best else ''}[/]", *figures(metrics), f"[actor]{texts[step]}[/]"])
+        mark = "[human]*[/]" if step == best else ""
+        rows.append([f"{step + 1}{mark}", *figures(metrics), f"[actor]{texts[step]}[/]"])
     return f"""=== RLHF Training, {label_of(config)} ===
     {config.steps} steps of {config.batch_size} responses. Means per response, clipped per token;
     total = score - β * KL{"; *: where the human likes them best" if config.readable else ""}.
