@@ -70,15 +70,13 @@ def one_of(*names):
     return f"one of {', '.join(names)}", lambda x: x in names
 
 
-
 def knob(default, rule, meaning, trl="", openrlhf="", verl=""):
     """A field of Config: its default, what is allowed, its meaning, and its names in three trainers."""
     peers = {"trl": trl, "openrlhf": openrlhf, "verl": verl}
     return field(default=default, metadata={"rule": rule, "meaning": meaning, "peers": peers})
 
 
-
-# From here to section 7 the layout is by hand: a page of 88 columns, and an anchor where its function ends.
+# From here on the layout is by hand: a page of 88 columns, and an anchor where its function ends.
 # fmt: off
 @dataclass(frozen=True)
 class Config:
@@ -112,7 +110,7 @@ class Config:
         "num_iterations", "train.max_epochs", "actor_rollout_ref.actor.ppo_epochs")
     learning_rate: float = knob(5e-4, NOT_NEGATIVE, "Adam's, falling to 0 over the steps",
         "learning_rate", "actor.adam.lr critic.adam.lr", "actor_rollout_ref.actor.optim.lr critic.optim.lr")
-    drift: float = knob(0.8, NOT_NEGATIVE, "noise, in deviations, between actor and reference; 0 in training")
+    drift: float = knob(0.75, NOT_NEGATIVE, "noise, in deviations, between actor and reference; 0 in training")
     seed: int = knob(0, at_least(0), "seed of all randomness",
         "seed", "train.seed", "data.seed actor_rollout_ref.rollout.seed")
 
@@ -201,7 +199,6 @@ def core_loop(models, config, rng):
                 critic_losses.append(critic_loss)
         yield {"ratio": np.stack(ratios), "actor_loss": np.array(actor_losses),
                "critic_loss": np.array(critic_losses), "lr": np.array(learning_rate)}
-
 # ANCHOR_END: core_loop
 
 # ------------------------------------------------------------------ 4. the seven steps
@@ -705,7 +702,7 @@ def init_models(config, rng):
     noise = init_model(rng, *sizes, config.vocab_size)
     critic, reward_model = ({"embed": reference["embed"].copy(), "mix": reference["mix"].copy()} for _ in range(2))
     critic["head"] = drift * init_weights(rng, config.width, 1, 1 / config.width**0.5)
-    reward_model["head"] = init_weights(rng, config.width, 1, 3 / config.width**0.5)
+    reward_model["head"] = init_weights(rng, config.width, 1, 2.5 / config.width**0.5)
     actor = {name: reference[name] + drift * noise[name] for name in reference}
     return Models(actor, critic if config.advantage == "gae" else None, reward_model, reference)
 
@@ -999,23 +996,18 @@ def table(columns, rows, gap="  "):
         page += f"  {gap.join([row[0] + room[0], *numbers, row[-1]]).rstrip()}\n"
     return page
 
-def shorten(texts, most):
-    """Of more than most texts, keep the beginning and the last."""
-    return texts if len(texts) <= most else [*texts[: most - 1], "…", texts[-1]]
-
 def fixed(value, digits=2):
     """A number with that many decimals, and never a negative zero; a dash where there is none."""
     return "-" if np.isnan(value) else f"{round(float(value), digits) + 0.0:.{digits}f}"
 
-def listed(values, most=4):
+def listed(values, most=4, between=", ", form=fixed):
     """As in [0.73, 0.45, 0.91, …, 0.62]."""
-    return f"[{', '.join(shorten([fixed(value) for value in values], most))}]"
+    texts = [form(value) for value in values]
+    return f"[{between.join(texts if len(texts) <= most else [*texts[: most - 1], '…', texts[-1]])}]"
 
 def text_of(tokens, config):
     """Tokens as letters where the vocabulary has 27, as numbers elsewhere."""
-    if config.readable:
-        return "".join(LETTERS[token] for token in tokens)
-    return f"[{' '.join(shorten([str(token) for token in tokens], 3))}]"
+    return "".join(LETTERS[token] for token in tokens) if config.readable else listed(tokens, 3, " ", str)
 
 def size_of(size):
     """Bytes as text."""
@@ -1035,15 +1027,15 @@ def feedback_page(seen, config):
   Fresh pairs right: [reward]{right:.1%}[/] | of at most [human]{most:.1%}[/], choices being so noisy
 {table(["chosen", "human", "score", "", "rejected", "human", "score", ""], pairs)}\
     Scores have mean 0, deviation 1 over the reference's responses; the model is
-    frozen now. It never saw what the human thinks, only which of two was chosen."""
+    frozen now. It never saw a human score, only which of two was chosen."""
 
 def step_pages(data, config):
     """The seven pages of the walk-through, each of the arrays that data holds by then."""
 
     def preview(name):
         """The first response's first values and last, and the mean over all real tokens."""
-        values = shorten([fixed(value) for value in data[name][0][data["mask"][0] != 0]], 3)
-        return f"[{' '.join(values)}] mean {fixed(real_mean(data[name], data['mask']), 3)}"
+        values = data[name][0][data["mask"][0] != 0]
+        return f"{listed(values, 3, ' ')} mean {fixed(real_mean(data[name], data['mask']), 3)}"
 
     gae_used, prompts = config.advantage == "gae", data["prompts"]
     group = f"    Each prompt stands {config.group_size} times: a group of responses to compare.\n"
@@ -1174,8 +1166,8 @@ def response_page(data, config, row):
     return f"""Response {row}, {len(rows)} tokens, with the ratio of the last epoch (*: clipped)
 {table(["t", "tok", *columns, "ratio"], rows, gap=" ")}\
     actor, ref: log probabilities; rew: reward; adv: advantage; white: whitened.
-    With a critic: TD = rew + γ value[t+1] - value, adv = TD + γ λ adv[t+1], 0 past
-    the end; return = adv + value."""
+    With a critic: TD = rew + γ value[t+1] - value and adv = TD + γ λ adv[t+1],
+    which are 0 past the end; return = adv + value."""
 
 def label_of(config):
     """What tells the trainings of one command apart."""
