@@ -993,7 +993,7 @@ def table(columns, rows, gap="  "):
     for row, own in zip(rows, lengths):
         room = [" " * (max(column) - length) for column, length in zip(zip(*lengths), own)]
         numbers = [space + cell for cell, space in zip(row[1:-1], room[1:-1])]
-        page += f"  {gap.join([row[0] + room[0], *numbers, row[-1]]).rstrip()}\n"
+        page += f"{gap}{gap.join([row[0] + room[0], *numbers, row[-1]])}\n"
     return page
 
 def fixed(value, digits=2):
@@ -1017,7 +1017,7 @@ def feedback_page(seen, config):
     """What happened before the loop: the human's choices, and the reward model that learned from them."""
     texts = [text_of(tokens[real != 0], config) for tokens, real in zip(seen["responses"], seen["mask"])]
     opinions = zip(texts, seen["human"], seen["scores"])
-    cells = [[text, f"[human]{human:.2f}[/]", f"[reward]{fixed(score)}[/]", ""] for text, human, score in opinions]
+    cells = [[text.ljust(16), f"[human]{human:.2f}[/]", f"[reward]{fixed(score)}[/]", ""] for text, human, score in opinions]
     pairs = [chosen + rejected for chosen, rejected in zip(cells[:3], cells[len(cells) // 2 :])]
     first, last, right, most = seen["losses"][0], seen["losses"][-20:].mean(), seen["accuracy"], seen["best_accuracy"]
     return f"""Before the loop: [human]human[/] feedback, and a [reward]reward[/] model that learns from it
@@ -1081,7 +1081,7 @@ def step_pages(data, config):
   Total rewards: [n]{listed(totals)}[/] | per response, mean [n]{fixed(totals.mean(), 3)}[/]
     The first: {first} - {config.beta} * {first_kl} = {fixed(totals[0])}, KL summed over its tokens.
     Why the score sits on the last token: nothing before it was judged. Token by
-    token: {listed(data["rewards"][0][mask[0] != 0], 5)}, each -β * KL, the last + score."""
+    token: {listed(data["rewards"][0][mask[0] != 0])}, each -β * KL, the last + score."""
     whitened = "" if config.advantage == "grpo" else f"  Whitened: [n]{mask.shape}[/] | [n]{preview('whitened')}[/]\n"
     if gae_used:
         yield f"""Step 6: Compute advantages ([critic]Critic[/] + GAE)

@@ -4,15 +4,16 @@
     python tests/benchmark.py --torch    and against the same steps in PyTorch (CPU, eager)
 
 A ratio is the median over rounds in which what is compared takes turns, after a warm-up: it carries over to other
-machines, where a time in seconds would not. Each side has one thread. Sizes are the defaults unless a row names others.
+machines, where a time in seconds would not. What is compared is processor time, with one thread a side: on an idle
+machine the same as the clock's, on a busy one less disturbed. Sizes are the defaults unless a row names others.
 """
 
 import argparse
 import importlib
 import os
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 os.environ["OPENBLAS_NUM_THREADS"] = "1"  # before numpy, which reads it once
@@ -29,11 +30,16 @@ subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL, check=True)
 print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6)"""
 
 
+def used():
+    """Seconds of processor time so far, user and system, of this process and of its children."""
+    return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+
+
 def seconds(action):
     """Time of one call."""
-    start = time.perf_counter()
+    start = used()
     action()
-    return time.perf_counter() - start
+    return used() - start
 
 
 def ratios(rounds, base, *actions):
@@ -66,50 +72,30 @@ def gradient_inputs(config):
     rng = np.random.default_rng(config.seed)
     actor = loop.init_models(config, rng).actor
     prompts = loop.sample_prompts(rng, config.batch_size, config.prompt_length, config.vocab_size)
-    batch = loop.generate(actor, prompts, config.response_length, rng, config.vocab_size - 1, keep_logits=False)
-    responses, mask, logprobs, _ = batch
+    responses, mask, logprobs, _ = loop.generate(
+        actor, prompts, config.response_length, rng, config.vocab_size - 1, keep_logits=False
+    )
     advantages = rng.standard_normal(mask.shape, dtype=np.float32) * mask
     return actor, prompts, responses, logprobs, advantages, mask, config.clip
 
 
-def floor_by_rows(states, head, numbers):
-    """A function that does only what no actor_gradients can spare, in slices of some rows and all columns."""
-    step = max(1, numbers // head.shape[1])
-    buffer, d_head = np.empty((step, head.shape[1]), head.dtype), np.empty_like(head)
-
-    def floor():
-        for start in range(0, len(states), step):
-            rows = states[start : start + step]
-            matrix = np.matmul(rows, head, out=buffer[: len(rows)])  # (n, D) @ (D, V)
-            np.exp(matrix, out=matrix)
-            np.matmul(rows.T, matrix, out=d_head)  # (D, n) @ (n, V)
-            matrix @ head.T  # (n, V) @ (V, D)
-
-    return floor
-
-
-def floor_by_columns(states, head, numbers):
-    """The same in slices of all rows and some columns, the vocabulary's."""
-    step = max(1, numbers // len(states))
-    buffer = np.empty((len(states), step), head.dtype)
-
-    def floor():
-        for start in range(0, head.shape[1], step):
-            columns = head[:, start : start + step]
-            matrix = buffer if columns.shape[1] == step else np.empty((len(states), columns.shape[1]), head.dtype)
-            np.exp(np.matmul(states, columns, out=matrix), out=matrix)  # (N, D) @ (D, v)
-            states.T @ matrix  # (D, N) @ (N, v)
-            matrix @ columns.T  # (N, v) @ (v, D)
-
-    return floor
-
-
 def fastest_floor(actor, prompts, responses):
-    """The faster of both, in slices of the size that suits it best on this machine."""
+    """A function that does only what no actor_gradients can spare, in the slices that suit this machine best."""
     hidden, _ = loop.backbone(actor, loop.response_inputs(prompts, responses))
-    states = hidden[:, prompts.shape[1] - 1 :].reshape(-1, hidden.shape[2])  # (N, D)
-    kinds, sizes = (floor_by_rows, floor_by_columns), (100_000, 250_000, 500_000, 1_000_000, 2_000_000)
-    floors = [kind(states, actor["head"], numbers) for kind in kinds for numbers in sizes]
+    states, head = hidden[:, prompts.shape[1] - 1 :].reshape(-1, hidden.shape[2]), actor["head"]  # (N, D), (D, V)
+
+    def floor(n, v):
+        for row in range(0, len(states), n):
+            for column in range(0, head.shape[1], v):
+                rows, columns = states[row : row + n], head[:, column : column + v]
+                matrix = rows @ columns  # (n, D) @ (D, v)
+                np.exp(matrix, out=matrix)
+                rows.T @ matrix  # (D, n) @ (n, v)
+                matrix @ columns.T  # (n, v) @ (v, D)
+
+    sizes = (500_000, 1_000_000, 2_000_000)  # numbers in a slice: of some rows and all columns, or the other way round
+    slices = [(size // head.shape[1], head.shape[1]) for size in sizes] + [(len(states), size // len(states)) for size in sizes]
+    floors = [lambda slice=slice: floor(*slice) for slice in slices]
     return floors[np.argmin([1, *ratios(5, *floors)])]
 
 
@@ -244,13 +230,10 @@ def main():
     show("actor_gradients / three products and an exp", *measured, 1.75, 1.5)
     if torch:
         show_torch_rows(loop.Config(), inputs)
-    if sys.platform == "win32":
-        print("peak memory: skipped, Windows has no resource module")
-    else:
-        show("walk-through, peak memory", peak(), 250, 200, " MB")
-        small = ("--steps=2", "--prompt-length=16", "--response-length=16")
-        more = peak(*small, "--batch-size=64") - peak(*small, "--batch-size=4")
-        show("peak, 2 steps of P 16, T 16: B 64 less B 4", more, 80, 20, " MB")
+    show("walk-through, peak memory", peak(), 250, 200, " MB")
+    small = ("--steps=2", "--prompt-length=16", "--response-length=16")
+    more = peak(*small, "--batch-size=64") - peak(*small, "--batch-size=4")
+    show("peak, 2 steps of P 16, T 16: B 64 less B 4", more, 80, 20, " MB")
     half = {"batch_size": 2, "prompt_length": 32, "response_length": 64, "vocab_size": 25128}
     doubled = [drained(**{**half, name: 2 * half[name]}) for name in ("batch_size", "response_length", "vocab_size")]
     for letter, measured in zip("BTV", ratios(5, drained(**half), *doubled)):
