@@ -1015,9 +1015,9 @@ def size_of(size):
 
 def feedback_page(seen, config):
     """What happened before the loop: the human's choices, and the reward model that learned from them."""
-    texts = [text_of(tokens[real != 0], config) for tokens, real in zip(seen["responses"], seen["mask"])]
+    texts = [text_of(tokens[real != 0], config).ljust(16) for tokens, real in zip(seen["responses"], seen["mask"])]
     opinions = zip(texts, seen["human"], seen["scores"])
-    cells = [[text.ljust(16), f"[human]{human:.2f}[/]", f"[reward]{fixed(score)}[/]", ""] for text, human, score in opinions]
+    cells = [[text, f"[human]{human:.2f}[/]", f"[reward]{fixed(score)}[/]", ""] for text, human, score in opinions]
     pairs = [chosen + rejected for chosen, rejected in zip(cells[:3], cells[len(cells) // 2 :])]
     first, last, right, most = seen["losses"][0], seen["losses"][-20:].mean(), seen["accuracy"], seen["best_accuracy"]
     return f"""Before the loop: [human]human[/] feedback, and a [reward]reward[/] model that learns from it
@@ -1025,7 +1025,7 @@ def feedback_page(seen, config):
                                       consonants, no letter twice, and may err
   Reward model loss: [reward]{first:.3f} -> {last:.3f}[/] | of -log sigmoid(chosen - rejected)
   Fresh pairs right: [reward]{right:.1%}[/] | of at most [human]{most:.1%}[/], choices being so noisy
-{table(["chosen", "human", "score", "", "rejected", "human", "score", ""], pairs)}\
+{table(["chosen", "human", "score", "", "rejected".ljust(16), "human", "score", ""], pairs)}\
     Scores have mean 0, deviation 1 over the reference's responses; the model is
     frozen now. It never saw a human score, only which of two was chosen."""
 
@@ -1287,7 +1287,7 @@ def comparison_page(console, runs):
     if not runs[0][0].readable:
         return page
     curves = []
-    for (config, history, *_), owner in zip(runs, [*OWNERS, "n"] * len(runs)):
+    for (config, history, *_), owner in zip(runs, ["human", "n", "yellow", "blue"] * len(runs)):
         kl, human = smooth(history["objective/kl"]), smooth(history["objective/human_scores"])
         curves.append((label_of(config), owner, kl.clip(0) ** 0.5, human, 0))
     return f"""{page}
