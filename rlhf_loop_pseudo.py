@@ -37,6 +37,7 @@ if __name__ == "__main__":  # at these sizes a second BLAS thread gains nothing 
 import argparse
 import ast
 import inspect
+import io
 import json
 import math
 import re
@@ -755,6 +756,18 @@ def sample_tokens(logits, rng):
     tokens = (cumulative >= draws[:, None]).argmax(axis=1)  # the first that reaches its draw
     return tokens, logprobs[np.arange(len(tokens)), tokens]
 
+def exact_kl(logits, reference, prompts, responses):
+    """KL(actor || reference) over the whole vocabulary: Σ over v of p(v) (log p(v) - log q(v)).
+
+    logits (B, T, V) are the actor's. A response at a time. Returns (B, T) in nats, without meaning at padding.
+    """
+    hidden, _ = backbone(reference, response_inputs(prompts, responses))  # (B, S, D)
+    kl = []
+    for row, states in zip(logits, hidden[:, prompts.shape[1] - 1 :]):
+        log_p, log_q = log_softmax(row), log_softmax(states @ reference["head"])  # (T, V) both
+        kl.append((np.exp(log_p) * (log_p - log_q)).sum(axis=1))
+    return np.stack(kl)
+
 # What is here for speed, and nowhere else: the logits of all tokens, an (N, V) matrix, would cost more in fresh
 # memory than in arithmetic. The two functions below see it in slices of the vocabulary that stay in the processor's
 # cache, and the line after them lets the C library keep freed arrays of up to that size for the next.
@@ -820,18 +833,6 @@ def is_clipped(ratio, advantages, clip):
     """True where clipping takes effect: it lowers the gain and so stops the gradient. (..., B, T)."""
     return ratio * advantages > np.clip(ratio, 1 - clip, 1 + clip) * advantages
 
-def exact_kl(logits, reference, prompts, responses):
-    """KL(actor || reference) over the whole vocabulary: Σ over v of p(v) (log p(v) - log q(v)).
-
-    logits (B, T, V) are the actor's. A response at a time. Returns (B, T) in nats, without meaning at padding.
-    """
-    hidden, _ = backbone(reference, response_inputs(prompts, responses))  # (B, S, D)
-    kl = []
-    for row, states in zip(logits, hidden[:, prompts.shape[1] - 1 :]):
-        log_p, log_q = log_softmax(row), log_softmax(states @ reference["head"])  # (T, V) both
-        kl.append((np.exp(log_p) * (log_p - log_q)).sum(axis=1))
-    return np.stack(kl)
-
 def walk_through(models, config, rng):
     """One step of core_loop, with what a reader wants to see besides. Yields its dicts, with more in them."""
     seen = {}
@@ -868,10 +869,8 @@ def train(models, config, rng):
             yield step_metrics(data, config, step), data["responses"][0][data["mask"][0] != 0]
 
 def step_metrics(data, config, step):
-    """What a step of training is judged by, under TRL's names where it has one; data holds the step's arrays.
-
-    Sums over a response are averaged over the batch; policy/, loss/ and val/ratio over the epochs' real tokens.
-    """
+    """What a step of training is judged by, under TRL's names where it has one: of sums over a response the mean over
+    the batch, of policy/, loss/ and val/ratio the mean over the epochs' real tokens. data holds the step's arrays."""
     mask, ratio, kl, score = data["mask"], data["ratio"], data["kl"].sum(axis=1).mean(), data["scores"].mean()
     log_ratio = np.log(np.maximum(np.where(mask, ratio, 1), 1e-37))  # (epochs, B, T), finite where exp underflowed
     metrics = {
@@ -1263,16 +1262,17 @@ def theory_page(gain, config):
   J*: at least [n]{fixed(gain["J_star"], 3)}[/] | no policy exceeds J*; estimated from below
   Share of the attainable gain: {most}[n]{share_of(gain)}[/]
     (J - start) / (J* - start), {why}"""
-    discounted = f"\n    J is not discounted; with γ = {config.gamma} training maximised a discounted reward."
-    return page + (discounted if config.gamma < 1 and config.advantage == "gae" else "")
+    if config.gamma < 1 and config.advantage == "gae":
+        page += f"\n    J is not discounted; with γ = {config.gamma} training maximised a discounted reward."
+    return page
 
 def comparison_page(console, runs):
     """The trainings side by side; runs holds (config, history, gain, responses) of each."""
     rows, starts, owners = [], {}, {"score": "reward", "human": "human", "kl": "reference", "J": "n"}
     for config, history, gain, texts in runs:
         if not gain:  # too dear at these sizes: the figures of the last step
-            last = {name.split("/")[-1]: values[-1] for name, values in history.items()}
-            gain = dict(zip(("score", "kl", "J"), (last["scores"], last["kl"], last["rlhf_reward"])), share=np.nan)
+            last = {"score": "scores", "kl": "kl", "J": "rlhf_reward"}
+            gain = {name: history[f"objective/{metric}"][-1] for name, metric in last.items()} | {"share": np.nan}
         numbers = [f"[{owner}]{fixed(gain.get(name, np.nan))}[/]" for name, owner in owners.items()]
         learners = 1 + (config.advantage == "gae")
         passes = f"{learners * (1 + config.ppo_epochs) + 2}+{learners * config.ppo_epochs}"
@@ -1320,23 +1320,21 @@ def source_of(name):
             found[each] = f"from {value.__module__} import {each}\n" if callable(value) else f"import {each}\n"
     return "import numpy as np\n\n" + "\n".join(found[each] for each in sorted(found, key=names.index))
 
-def highlight(source):
-    """Python source in a few colours of the terminal's own, to be read on a dark and on a light one."""
-    from pygments.token import Comment, Keyword, Name, String  # only a terminal pays for these imports
-    from rich.syntax import ANSISyntaxTheme, Style, Syntax
-
-    styles = {Keyword: Style(bold=True), Name.Function: Style(color="cyan"), String: Style(color="green")}
-    theme = ANSISyntaxTheme({**styles, String.Doc: Style(dim=True), Comment: Style(dim=True)})
-    return Syntax("", "python", theme=theme, background_color="default").highlight(source)
-
 def show_source(console, name):
     """Print a function, ready to paste; without a name the list of those that a chapter can include."""
-    if name:
-        source = source_of(name)
-        console.print(highlight(source) if console.is_terminal else Text(source), soft_wrap=True)
-    else:
+    if not name:
         anchored = re.findall(r"^# ANCHOR\b: (\w+)", Path(__file__).read_text(encoding="utf-8"), re.MULTILINE)
         show(console, "\n".join(f"  [n]{each:20}[/]{globals()[each].__doc__.splitlines()[0]}" for each in anchored))
+        return
+    source = Text(source_of(name))
+    if console.is_terminal:  # which alone pays for these imports
+        from pygments.token import Comment, Keyword, Name, String
+        from rich.syntax import ANSISyntaxTheme, Style, Syntax
+
+        styles = {Keyword: Style(bold=True), Name.Function: Style(color="cyan"), String: Style(color="green")}
+        theme = ANSISyntaxTheme({**styles, String.Doc: Style(dim=True), Comment: Style(dim=True)})
+        source = Syntax("", "python", theme=theme, background_color="default").highlight(source.plain)
+    console.print(source, soft_wrap=True)
 
 # ------------------------------------------------------------------ 9. the command line
 
@@ -1346,49 +1344,45 @@ PRESETS, EXPORTS = {"gpt2": {}, "letters": LETTERS_PRESET}, [".svg", ".html", ".
 # Of each trainer: version, command, what stands before and after a name, what it has to be told besides, and what it
 # does differently; a text that begins with a method is for that method. The names of the settings stand in Config.
 RECIPES = {
-    "trl": ("TRL 1.16.0", "trl {method}", "--", " ",
-        "model_name_or_path MODEL, dataset_name DATASET, reward_model_name_or_path REWARD_MODEL, num_processes 1, "
-        "rloo:normalize_advantages True",
+    "trl": ("TRL 1.16.0", "trl {method}", "--", " ", "model_name_or_path MODEL, dataset_name DATASET, "
+        "reward_model_name_or_path REWARD_MODEL, num_processes 1, rloo:normalize_advantages True",
         "no flag for --prompt-length, --kl-estimator, --gamma, --lam; rloo:ratio and clip are per response; "
         "grpo:KL is in the loss, by k3; the learning rate falls with each update, here with each batch"),
-    "openrlhf": ("OpenRLHF 0.11.2", "python3 -m openrlhf.cli.train_ppo_ray", "--", " ",
-        "actor.model_name_or_path MODEL, reward.model_name_or_path REWARD_MODEL, gae:critic.model_name_or_path MODEL, "
-        "data.prompt_dataset DATASET, data.input_key prompt, actor.lr_scheduler linear, "
-        "gae:critic.lr_scheduler linear, train.colocate_all, vllm.num_engines 1, actor.num_gpus_per_node 1, "
-        "gae:critic.num_gpus_per_node 1, ref.num_gpus_per_node 1, reward.num_gpus_per_node 1",
+    "openrlhf": ("OpenRLHF 0.11.2", "python3 -m openrlhf.cli.train_ppo_ray", "--", " ", "data.prompt_dataset DATASET, "
+        "data.input_key prompt, actor.model_name_or_path MODEL, reward.model_name_or_path REWARD_MODEL, "
+        "gae:critic.model_name_or_path MODEL, vllm.num_engines 1, train.colocate_all, actor.num_gpus_per_node 1, "
+        "ref.num_gpus_per_node 1, reward.num_gpus_per_node 1, gae:critic.num_gpus_per_node 1",
         "gae:the value loss is 0.5 x the larger of plain and clipped; rloo:KL is subtracted after the baseline, and "
-        "nothing is whitened; grpo:KL is subtracted after mean and deviation; the learning rate falls at each update"),
-    "verl": ("verl 0.9.1", "python3 -m verl.trainer.main_ppo", "", "=",
-        "actor_rollout_ref.model.path=MODEL, gae:critic.model.path=MODEL, reward.reward_model.model_path=REWARD_MODEL, "
-        "reward.reward_model.enable=True, data.train_files=DATASET.parquet, data.val_files=DATASET.parquet, "
-        "algorithm.use_kl_in_reward=True, actor_rollout_ref.actor.use_dynamic_bsz=True, trainer.n_gpus_per_node=1, "
-        "actor_rollout_ref.rollout.name=vllm, actor_rollout_ref.rollout.tensor_model_parallel_size=1, "
-        "reward.reward_model.rollout.name=vllm, reward.reward_model.rollout.tensor_model_parallel_size=1",
+        "nothing is whitened; grpo:KL is subtracted after mean and deviation; the learning rate falls by a cosine"),
+    "verl": ("verl 0.9.1", "python3 -m verl.trainer.main_ppo", "", "=", "actor_rollout_ref.model.path=MODEL, "
+        "gae:critic.model.path=MODEL, reward.reward_model.enable=True, reward.reward_model.model_path=REWARD_MODEL, "
+        "data.train_files=DATASET.parquet, data.val_files=DATASET.parquet, algorithm.use_kl_in_reward=True, "
+        "actor_rollout_ref.actor.use_dynamic_bsz=True, actor_rollout_ref.rollout.name=vllm, "
+        "actor_rollout_ref.rollout.tensor_model_parallel_size=1, reward.reward_model.rollout.name=vllm, "
+        "reward.reward_model.rollout.tensor_model_parallel_size=1, trainer.n_gpus_per_node=1",
         "gae:the value loss is 0.5 x the larger of plain and clipped; rloo:nothing is whitened; "
         "the learning rate does not fall; where A < 0 the ratio is clipped at 3, too"),
 }
 
 def recipe(trainer, config):
     """The command that starts the same experiment in a trainer, and in comments what is different there."""
-    version, command, before, after, extras, notes = RECIPES[trainer]
-    gae_used = config.advantage == "gae"
-    group = 1 if gae_used else config.group_size
+    version, command, before, after, *texts = RECIPES[trainer]
+    mine = re.compile(f"(?:{config.advantage}:|(?!gae:|rloo:|grpo:))(.*)")
+    found = ([mine.match(text) for text in each.split(mark)] for each, mark in zip(texts, (", ", "; ")))
+    extras, notes = ([match[1] for match in matches if match] for matches in found)
+    group = 1 if config.advantage == "gae" else config.group_size
     derived = {
         "group": group, "prompts": config.batch_size // group, "samples": config.steps * config.batch_size // group,
         "updates": config.steps * config.ppo_epochs, "length": config.prompt_length + config.response_length,
         "estimator": config.advantage.replace("grpo", "group_norm"),
     }
-    mine = re.compile(f"(?:{config.advantage}:|(?!gae:|rloo:|grpo:))(.*)")
-    extras, notes = ([found[1] for text in texts if (found := mine.match(text))]
-                     for texts in (extras.split(", "), notes.split("; ")))
     lines = [command.format(method=config.advantage), *(before + each for each in extras)]
     for each in fields(config):
-        for name in each.metadata["peers"][trainer].split():
-            name, _, value = name.partition("=")
-            if gae_used or not (name.startswith("critic") or each.name in ("gamma", "lam")):
+        for name, _, value in (name.partition("=") for name in each.metadata["peers"][trainer].split()):
+            if config.advantage == "gae" or not (name.startswith("critic") or each.name in ("gamma", "lam")):
                 lines.append(f"{before}{name}{after}{value.format(**derived) or getattr(config, each.name)}")
     notes = ["MODEL, DATASET, REWARD_MODEL are yours to name; a real model wants a learning rate of about 1e-6", *notes]
-    return f"# {version}, on one GPU\n" + " \\\n    ".join(lines) + "".join(f"\n# {note}" for note in notes)
+    return "\n".join([f"# {version}, on one GPU", " \\\n    ".join(lines), *(f"# {note}" for note in notes)])
 
 def read_command_line(argv):
     """Options, and a Config for each beta and advantage; where something is wrong, exits with 2 and one sentence."""
@@ -1505,12 +1499,11 @@ def run_trainings(console, configs, kept):
     if len(configs) > 1:
         show(console, comparison_page(console, runs))
 
-def write_whole(path, write):
-    """Call write(file) on a new file beside path and put it in path's place: whole, or not at all."""
+def write_whole(path, data):
+    """Write bytes to a new file beside path and put it in path's place: whole, or not at all."""
     partial = path.with_name(f".{path.name}.partial")
     try:
-        with open(partial, "wb") as file:
-            write(file)
+        partial.write_bytes(data)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -1523,7 +1516,8 @@ def save(path, configs, kept):
     for name in ("beta", "advantage"):
         values = [getattr(each, name) for each in configs]
         config[name] = values if len(set(values)) > 1 else values[0]
-    write_whole(path, lambda file: np.savez(file, config=json.dumps(config), **kept))
+    np.savez(file := io.BytesIO(), config=json.dumps(config), **kept)
+    write_whole(path, file.getvalue())
 
 def export(path, console):
     """Write what was shown in the format of path's suffix, in colours that can be read on black."""
@@ -1536,7 +1530,7 @@ def export(path, console):
         text = console.export_svg(title="rlhf_loop_pseudo", theme=theme)
     elif path.suffix == ".html":
         text = console.export_html(theme=theme)
-    write_whole(path, lambda file: file.write(text.encode("utf-8")))
+    write_whole(path, text.encode("utf-8"))
 
 def main(argv=None):
     """Run the command line argv, sys.argv without it. Returns the exit code: 0, 1, 2 or 130."""

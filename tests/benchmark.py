@@ -14,6 +14,7 @@ import os
 import resource
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 os.environ["OPENBLAS_NUM_THREADS"] = "1"  # before numpy, which reads it once
@@ -30,16 +31,12 @@ subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL, check=True)
 print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6)"""
 
 
-def used():
-    """Seconds of processor time so far, user and system, of this process and of its children."""
-    return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-
-
 def seconds(action):
-    """Time of one call."""
-    start = used()
+    """Processor time of one call, user and system, of this process and of its children."""
+    whose = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    start = sum(sum(resource.getrusage(who)[:2]) for who in whose)
     action()
-    return used() - start
+    return sum(sum(resource.getrusage(who)[:2]) for who in whose) - start
 
 
 def ratios(rounds, base, *actions):
@@ -48,11 +45,6 @@ def ratios(rounds, base, *actions):
         action()
     times = np.array([[seconds(action) for action in (base, *actions)] for _ in range(rounds)])
     return np.median(times[:, 1:] / times[:, :1], axis=0)
-
-
-def child(*arguments):
-    """A function that runs python with these arguments, its output thrown away."""
-    return lambda: subprocess.run([sys.executable, *arguments], stdout=subprocess.DEVNULL, check=True)
 
 
 def peak(*arguments):
@@ -72,9 +64,8 @@ def gradient_inputs(config):
     rng = np.random.default_rng(config.seed)
     actor = loop.init_models(config, rng).actor
     prompts = loop.sample_prompts(rng, config.batch_size, config.prompt_length, config.vocab_size)
-    responses, mask, logprobs, _ = loop.generate(
-        actor, prompts, config.response_length, rng, config.vocab_size - 1, keep_logits=False
-    )
+    batch = loop.generate(actor, prompts, config.response_length, rng, config.vocab_size - 1, keep_logits=False)
+    responses, mask, logprobs, _ = batch
     advantages = rng.standard_normal(mask.shape, dtype=np.float32) * mask
     return actor, prompts, responses, logprobs, advantages, mask, config.clip
 
@@ -93,9 +84,10 @@ def fastest_floor(actor, prompts, responses):
                 rows.T @ matrix  # (D, n) @ (n, v)
                 matrix @ columns.T  # (n, v) @ (v, D)
 
-    sizes = (500_000, 1_000_000, 2_000_000)  # numbers in a slice: of some rows and all columns, or the other way round
-    slices = [(size // head.shape[1], head.shape[1]) for size in sizes] + [(len(states), size // len(states)) for size in sizes]
-    floors = [lambda slice=slice: floor(*slice) for slice in slices]
+    # some rows and all columns, or all rows and some columns, of 0.5 to 2 million numbers
+    sizes = [(numbers // head.shape[1], head.shape[1]) for numbers in (500_000, 1_000_000, 2_000_000)]
+    sizes += [(len(states), numbers // len(states)) for numbers in (500_000, 1_000_000, 2_000_000)]
+    floors = [partial(floor, *size) for size in sizes]
     return floors[np.argmin([1, *ratios(5, *floors)])]
 
 
@@ -106,12 +98,12 @@ def drained(**sizes):
     return lambda: list(loop.core_loop(models, config, np.random.default_rng(config.seed)))
 
 
-# ------------------------------------------------------------------ the same steps in PyTorch
+# ------------------------------------------------------------------ the same in PyTorch
 
 
-def tensors(model, learning=True):
-    """A model's arrays as tensors."""
-    return {name: torch.tensor(array, requires_grad=learning) for name, array in model.items()}
+def tensors(model):
+    """A model's arrays as tensors that learn."""
+    return {name: torch.tensor(array, requires_grad=True) for name, array in model.items()}
 
 
 def torch_hidden(model, tokens):
@@ -153,37 +145,32 @@ def torch_policy_loss(actor, prompts, responses, logprobs, advantages, mask, cli
 
 
 def torch_batch(actor, critic, reward_model, reference, config):
-    """Steps 1 to 6. Returns (prompts, responses, logprobs, whitened advantages, mask), returns."""
+    """Steps 1 to 6, of which 5 and 6 are the module's. Returns the arguments of torch_policy_loss, and returns."""
     prompts = torch.randint(0, config.vocab_size - 1, (config.batch_size, config.prompt_length))
     responses, mask, logprobs = torch_generate(actor, prompts, config.response_length, config.vocab_size - 1)
-    rows, ends = torch.arange(config.batch_size), mask.sum(1).long() - 1
-    last = torch_hidden(reward_model, torch.cat([prompts, responses], 1))[rows, config.prompt_length + ends]
-    rewards = -config.beta * (logprobs - torch_logprobs(reference, prompts, responses)) * mask
-    rewards[rows, ends] += (last @ reward_model["head"])[:, 0]
-    values = torch_outputs(critic, prompts, responses)[..., 0] * mask
-    advantages, next_value, next_advantage = torch.zeros_like(values), torch.zeros(len(rows)), torch.zeros(len(rows))
-    for t in reversed(range(config.response_length)):
-        delta = rewards[:, t] + config.gamma * next_value - values[:, t]
-        advantages[:, t] = (delta + config.gamma * config.lam * next_advantage) * mask[:, t]
-        next_value, next_advantage = values[:, t], advantages[:, t]
-    centered = (advantages - advantages.sum() / mask.sum()) * mask
-    whitened = centered / torch.sqrt((centered**2).sum() / (mask.sum() - 1) + 1e-8)
-    return (prompts, responses, logprobs, whitened, mask), advantages + values
+    last = config.prompt_length + mask.sum(1).long() - 1
+    hidden = torch_hidden(reward_model, torch.cat([prompts, responses], 1))[torch.arange(len(last)), last]
+    scores = (hidden @ reward_model["head"])[:, 0].numpy()
+    kl = ((logprobs - torch_logprobs(reference, prompts, responses)) * mask).numpy()
+    values = (torch_outputs(critic, prompts, responses)[..., 0] * mask).numpy()
+    rewards = loop.shape_rewards(scores, kl, mask.numpy(), config.beta)
+    advantages, returns = loop.gae(rewards, values, mask.numpy(), config.gamma, config.lam)
+    whitened = torch.from_numpy(loop.whiten(advantages, mask.numpy()))
+    return (prompts, responses, logprobs, whitened, mask, config.clip), torch.from_numpy(returns)
 
 
 def torch_train(config):
     """core_loop from fresh models."""
-    models = loop.init_models(config, np.random.default_rng(config.seed))
-    actor, critic, *frozen = map(tensors, models, (True, True, False, False))
+    models = [tensors(model) for model in loop.init_models(config, np.random.default_rng(config.seed))]
+    actor, critic, *_ = models
     optimizers = [torch.optim.Adam(model.values()) for model in (actor, critic)]
     for step in range(config.steps):
         with torch.no_grad():
-            batch, returns = torch_batch(actor, critic, *frozen, config)
-        prompts, responses, *_, mask = batch
+            batch, returns = torch_batch(*models, config)
+        prompts, responses, _, _, mask, _ = batch
         for _ in range(config.ppo_epochs):
             error = (torch_outputs(critic, prompts, responses)[..., 0] - returns) * mask
-            losses = torch_policy_loss(actor, *batch, config.clip), (error**2).sum() / mask.sum()
-            for optimizer, loss in zip(optimizers, losses):
+            for optimizer, loss in zip(optimizers, (torch_policy_loss(actor, *batch), (error**2).sum() / mask.sum())):
                 optimizer.param_groups[0]["lr"] = config.learning_rate * (1 - step / config.steps)
                 optimizer.zero_grad()
                 loss.backward()
@@ -196,37 +183,32 @@ def torch_train(config):
 def show_torch_rows(config, inputs):
     """What is compared with PyTorch in this process; inputs are those of actor_gradients."""
     torch.set_num_threads(1)
-    actor, prompts, *rest = tensors(inputs[0]), *map(torch.tensor, inputs[1:-1])
-    length, eos_token, fresh = config.response_length, config.vocab_size - 1, np.random.default_rng
-    letters = loop.Config(**{**loop.PRESETS["letters"], "beta": 0.2, "drift": 0.0, "steps": 20})
+    actor, (prompts, *rest) = tensors(inputs[0]), map(torch.from_numpy, inputs[1:-1])
+    rng, length, eos_token = np.random.default_rng(config.seed), config.response_length, config.vocab_size - 1
+    letters = loop.Config(vocab_size=27, batch_size=64, prompt_length=8, response_length=16, drift=0.0, steps=20)
 
     def torch_gradients():
         torch.autograd.grad(torch_policy_loss(actor, prompts, *rest, config.clip), list(actor.values()))
 
-    @torch.no_grad()
-    def torch_sampling():
-        torch_generate(actor, prompts, length, eos_token)
+    def train():
+        list(loop.train(loop.init_models(letters, rng), letters, rng))
 
-    def numpy_sampling():
-        loop.generate(*inputs[:2], length, fresh(0), eos_token, keep_logits=False)
-
-    def numpy_train():
-        list(loop.train(loop.init_models(letters, fresh(0)), letters, fresh(0)))
-
-    show("actor_gradients / PyTorch", *ratios(5, torch_gradients, lambda: loop.actor_gradients(*inputs)), 0.5, 0.3)
-    show("generate / PyTorch", *ratios(5, torch_sampling, numpy_sampling), 0.4, 0.2)
-    show("training, preset letters / PyTorch", *ratios(5, lambda: torch_train(letters), numpy_train), 1, 0.5)
+    torch_sampling = partial(torch.no_grad()(torch_generate), actor, prompts, length, eos_token)
+    sampling = partial(loop.generate, *inputs[:2], length, rng, eos_token, keep_logits=False)
+    show("actor_gradients / PyTorch", *ratios(7, torch_gradients, partial(loop.actor_gradients, *inputs)), 0.5, 0.3)
+    show("generate / PyTorch", *ratios(7, torch_sampling, sampling), 0.4, 0.2)
+    show("training, preset letters / PyTorch", *ratios(7, partial(torch_train, letters), train), 1, 0.5)
 
 
 def main():
     """Print the table, a row as soon as it is measured."""
-    versions = ", ".join(f"{module.__name__} {module.__version__}" for module in (np, torch) if module)
-    print(f"{versions}".ljust(46) + "measured   limit     aim reached", flush=True)
+    print(f"{f'numpy {np.__version__}':46}measured   limit     aim reached", flush=True)
     if torch:
-        measured = ratios(7, child("-c", "import torch"), child(str(SCRIPT)))
-        show("walk-through, whole process / import torch", *measured, 0.75, 0.6)
+        commands = [sys.executable, "-c", "import torch"], [sys.executable, str(SCRIPT)]
+        processes = [partial(subprocess.run, each, stdout=subprocess.DEVNULL, check=True) for each in commands]
+        show("walk-through, whole process / import torch", *ratios(9, *processes), 0.75, 0.6)
     inputs = gradient_inputs(loop.Config())
-    measured = ratios(9, fastest_floor(*inputs[:3]), lambda: loop.actor_gradients(*inputs))
+    measured = ratios(15, fastest_floor(*inputs[:3]), partial(loop.actor_gradients, *inputs))
     show("actor_gradients / three products and an exp", *measured, 1.75, 1.5)
     if torch:
         show_torch_rows(loop.Config(), inputs)

@@ -110,7 +110,6 @@ def test_the_models_start_with_weights_of_the_stated_deviation():
         (models.reference, "embed", 0.1),
         (models.reference, "mix", 0.5),
         (models.reference, "head", 0.1),
-        (models.reward_model, "head", 0.3),
         (models.critic, "head", 0.05),
     ):
         rows = 100 if name != "embed" else 3000
@@ -128,7 +127,7 @@ def test_the_models_start_with_weights_of_the_stated_deviation():
 def test_scores_of_a_random_reward_model_differ_and_are_of_order_1(sizes):
     deviations = []
     for seed in range(3):
-        config = loop.Config(**{"vocab_size": 200, **sizes}, batch_size=64, seed=seed)
+        config = loop.Config(**{"vocab_size": 200, **sizes}, batch_size=24, seed=seed)
         [(_, data, _)] = steps_of(replace(config, learning_rate=0.0, ppo_epochs=1))
         deviations.append(data["scores"].std())
     assert 0.5 < np.mean(deviations) < 2
@@ -404,15 +403,10 @@ def test_a_critic_that_diverges_stops_the_run(run):
 
 def test_it_stops_at_the_step_whose_loss_is_the_first_that_is_not_finite():
     config = replace(SMALL, learning_rate=1e30, steps=4, ppo_epochs=1)  # one update, seen by the next step's loss
-    seen, (models, rng) = [], start(config)
+    episodes, (models, rng) = [], start(config)
     with np.errstate(all="ignore"), pytest.raises(FloatingPointError, match="step 2"):
-        seen.extend(loop.train(models, config, rng))
-    assert not seen
-    seen, (models, rng) = [], start(config)
-    with np.errstate(all="ignore"), pytest.raises(FloatingPointError):
-        for step in loop.train(models, config, rng):
-            seen.append(step)
-    assert [metrics["episode"] for metrics, _ in seen] == [6]
+        episodes.extend(metrics["episode"] for metrics, _ in loop.train(models, config, rng))
+    assert episodes == [6]
 
 
 # ------------------------------------------------------------------ metrics
@@ -422,7 +416,7 @@ LETTERS = {"vocab_size": 27, "prompt_length": 3, "response_length": 16, "seed": 
 
 @pytest.mark.parametrize("settings", [{"beta": 0.3}, LETTERS, {"advantage": "rloo", "beta": 1.0}, {"clip": 0.05}])
 def test_metrics_are_those_of_their_names(settings):
-    config = replace(SMALL, steps=3, **settings)
+    config = replace(SMALL, steps=3, **{"learning_rate": 0.04, **settings})
     models, rng = start(config)
     trained = list(loop.train(models, config, rng))
     for step, ((_, data, _), (metrics, response)) in enumerate(zip(steps_of(config), trained, strict=True)):
@@ -444,7 +438,7 @@ def test_metrics_are_those_of_their_names(settings):
             "val/ratio": (np.mean(ratios), 1e-5),
             "val/num_eos_tokens": (sum(config.vocab_size - 1 in row for row in data["responses"]), 0),
             "val/response_length": (real.sum() / batch, 0),
-            "lr": (0.02 * (1 - step / 3), 1e-9),
+            "lr": (0.04 * (1 - step / 3), 1e-9),
             "episode": (batch * (step + 1), 0),
         }
         if config.advantage == "gae":
@@ -502,16 +496,17 @@ def test_the_reward_model_is_judged_by_fresh_pairs(monkeypatch):
     assert not np.array_equal(training[1], fresh[1][:120])
     for name in ("actor", "critic", "reference"):
         assert getattr(learned, name) is getattr(models, name)
-    expected, _ = loop.train_reward_model(models.reward_model, *training, np.random.default_rng(0))
-    assert learned.reward_model.keys() == expected.keys()
+    scores = loop.score_responses(learned.reward_model, *training)
+    assert scores.mean() == pytest.approx(0, abs=1e-5)  # it is those pairs that it has learned from
+    assert scores.std() == pytest.approx(1, abs=1e-5)
     assert seen["losses"].shape == (200,)
     np.testing.assert_array_equal(seen["responses"], fresh[1])
     np.testing.assert_array_equal(seen["mask"], fresh[2])
     np.testing.assert_array_equal(seen["scores"], loop.score_responses(learned.reward_model, *fresh))
     np.testing.assert_array_equal(seen["human"], loop.human_scores(*fresh[1:], 27))
     for name, opinion in (("accuracy", seen["scores"]), ("best_accuracy", seen["human"])):
-        agreed = [1.0 if first > second else 0.5 if first == second else 0.0 for first, second in opinion.reshape(2, -1).T]
-        assert seen[name] == pytest.approx(np.mean(agreed))
+        chosen, rejected = opinion[:2048], opinion[2048:]
+        assert seen[name] == pytest.approx(((chosen > rejected) + 0.5 * (chosen == rejected)).mean())
     assert (seen["human"][:2048] == seen["human"][2048:]).any()  # ties, which count half
     assert 0.5 < seen["accuracy"] < seen["best_accuracy"] < 0.9
 
@@ -560,13 +555,13 @@ def test_theory_agrees_with_enumeration_and_training_gets_there(beta, monkeypatc
     for _ in loop.train(models, config, rng):
         pass
     monkeypatch.setattr(loop, "sample_prompts", lambda rng, size, *_: np.arange(size)[:, None] % 2)  # both as often
-    gain = loop.attainable_gain(models, config, np.random.default_rng(1))
+    rows = [loop.attainable_gain(models, config, np.random.default_rng(seed)) for seed in range(4)]
     reference, actor, best, score, kl = exact(models, beta)
-    for name, value in (("J_start", reference), ("J", actor), ("J_star", best), ("score", score)):
-        assert gain[name] == pytest.approx(value, abs=0.01), name
-    assert gain["kl"] == pytest.approx(kl, abs=0.03)
-    assert gain["share"] == pytest.approx((gain["J"] - gain["J_start"]) / (gain["J_star"] - gain["J_start"]))
-    assert gain["J"] == pytest.approx(gain["score"] - beta * gain["kl"])
+    for name, value in (("J_start", reference), ("J", actor), ("J_star", best), ("score", score), ("kl", kl)):
+        assert np.mean([gain[name] for gain in rows]) == pytest.approx(value, abs=0.02), name
+    for gain in rows:
+        assert gain["share"] == pytest.approx((gain["J"] - gain["J_start"]) / (gain["J_star"] - gain["J_start"]))
+        assert gain["J"] == pytest.approx(gain["score"] - beta * gain["kl"])
     assert actor <= best + 1e-6
     assert (actor - reference) / (best - reference) > 0.9
 
@@ -590,7 +585,7 @@ def gains(config, seeds):
 
 @pytest.mark.parametrize("beta", [0.02, 0.5])
 def test_the_standard_error_of_a_share_is_its_spread_over_theories(beta):
-    seen = gains(replace(SMALL, beta=beta), range(15))
+    seen = gains(replace(SMALL, prompt_length=2, response_length=3, beta=beta), range(15))
     spread = seen["share"].std(ddof=1)
     assert 0.5 < seen["share_error"].mean() / spread < 2
     assert spread > 0.005
