@@ -1246,8 +1246,9 @@ def course_page(console, config, history, gain):
     return f"The course of the training\n{chart(console, 'step', curves)}"
 
 def share_of(gain):
-    """The share with its standard error, in percent; a dash where what could be gained is lost in noise."""
-    return "-" if np.isnan(gain["share"]) else f"{gain['share'] + 0.0:.0%} ± {gain['share_error']:.1%}"
+    """The share with its standard error; a dash where what could be gained is lost in noise, none of it after a loss."""
+    share, error = gain["share"], gain.get("share_error", 0)
+    return "-" if np.isnan(share) else "none" if share < 0 else f"{share:.0%} ± {error:.1%}"
 
 def theory_page(gain, config):
     """Where training stands against the best that any policy can reach."""
@@ -1547,7 +1548,7 @@ def main(argv=None):
             if options.show is not None:
                 show_source(console, options.show)
             elif options.recipe:
-                print("\n\n".join(recipe(options.recipe, config) for config in configs))
+                console.print(Text("\n\n".join(recipe(options.recipe, config) for config in configs)), soft_wrap=True)
             elif configs[0].steps == 1:
                 run_walk_through(console, options, configs[0], kept)
             else:
