@@ -1346,21 +1346,19 @@ PRESETS, EXPORTS = {"gpt2": {}, "letters": LETTERS_PRESET}, [".svg", ".html", ".
 # does differently; a text that begins with a method is for that method. The names of the settings stand in Config.
 RECIPES = {
     "trl": ("TRL 1.16.0", "trl {method}", "--", " ", "model_name_or_path MODEL, dataset_name DATASET, "
-        "reward_model_name_or_path REWARD_MODEL, num_processes 1, rloo:normalize_advantages True",
+        "reward_model_name_or_path REWARD_MODEL, rloo:normalize_advantages True",
         "no flag for --prompt-length, --kl-estimator, --gamma, --lam; rloo:ratio and clip are per response; "
         "grpo:KL is in the loss, by k3; the learning rate falls with each update, here with each batch"),
     "openrlhf": ("OpenRLHF 0.11.2", "python3 -m openrlhf.cli.train_ppo_ray", "--", " ", "data.prompt_dataset DATASET, "
-        "data.input_key prompt, actor.model_name_or_path MODEL, reward.model_name_or_path REWARD_MODEL, "
-        "gae:critic.model_name_or_path MODEL, vllm.num_engines 1, train.colocate_all, actor.num_gpus_per_node 1, "
-        "ref.num_gpus_per_node 1, reward.num_gpus_per_node 1, gae:critic.num_gpus_per_node 1",
+        "data.input_key prompt, actor.model_name_or_path MODEL, gae:critic.model_name_or_path MODEL, "
+        "reward.model_name_or_path REWARD_MODEL, train.colocate_all, vllm.num_engines 8",
         "gae:the value loss is 0.5 x the larger of plain and clipped; rloo:KL is subtracted after the baseline, and "
         "nothing is whitened; grpo:KL is subtracted after mean and deviation; the learning rate falls by a cosine"),
     "verl": ("verl 0.9.1", "python3 -m verl.trainer.main_ppo", "", "=", "actor_rollout_ref.model.path=MODEL, "
         "gae:critic.model.path=MODEL, reward.reward_model.enable=True, reward.reward_model.model_path=REWARD_MODEL, "
         "data.train_files=DATASET.parquet, data.val_files=DATASET.parquet, algorithm.use_kl_in_reward=True, "
         "actor_rollout_ref.actor.use_dynamic_bsz=True, actor_rollout_ref.rollout.name=vllm, "
-        "actor_rollout_ref.rollout.tensor_model_parallel_size=1, reward.reward_model.rollout.name=vllm, "
-        "reward.reward_model.rollout.tensor_model_parallel_size=1, trainer.n_gpus_per_node=1",
+        "reward.reward_model.rollout.name=vllm",
         "gae:the value loss is 0.5 x the larger of plain and clipped; rloo:nothing is whitened; "
         "the learning rate does not fall; where A < 0 the ratio is clipped at 3, too"),
 }
@@ -1383,7 +1381,7 @@ def recipe(trainer, config):
             if config.advantage == "gae" or not (name.startswith("critic") or each.name in ("gamma", "lam")):
                 lines.append(f"{before}{name}{after}{value.format(**derived) or getattr(config, each.name)}")
     notes = ["MODEL, DATASET, REWARD_MODEL are yours to name; a real model wants a learning rate of about 1e-6", *notes]
-    return "\n".join([f"# {version}, on one GPU", " \\\n    ".join(lines), *(f"# {note}" for note in notes)])
+    return "\n".join([f"# {version}, with its own settings for GPUs", " \\\n    ".join(lines), *(f"# {note}" for note in notes)])
 
 def read_command_line(argv):
     """Options, and a Config for each beta and advantage; where something is wrong, exits with 2 and one sentence."""
