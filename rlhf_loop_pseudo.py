@@ -970,10 +970,10 @@ def make_console(**options):
 def show(console, page):
     """Print a page and a blank line: titles without indent (bold), narration with four spaces (dim), nothing wrapped.
 
-    In other lines [actor]3[/] is the actor's number, and what follows a | is a dim note beside it.
+    In other lines [actor]3[/] is the actor's number, and what follows a || is a dim note beside it.
     """
     for line in page.splitlines():
-        line, _, note = line.partition(" | ")
+        line, _, note = line.partition(" || ")
         if line.startswith("    ") and "[/]" not in line:
             text = Text(line, style="dim")
         else:
@@ -1020,10 +1020,10 @@ def feedback_page(seen, config):
     pairs = [chosen + rejected for chosen, rejected in zip(cells[:3], cells[len(cells) // 2 :])]
     first, last, right, most = seen["losses"][0], seen["losses"][-20:].mean(), seen["accuracy"], seen["best_accuracy"]
     return f"""Before the loop: [human]human[/] feedback, and a [reward]reward[/] model that learns from it
-  Preference pairs: [human]{config.preference_pairs}[/] | the human likes vowels mixed evenly with
+  Preference pairs: [human]{config.preference_pairs}[/] || the human likes vowels mixed evenly with
                                       consonants, no letter twice, and may err
-  Reward model loss: [reward]{first:.3f} -> {last:.3f}[/] | of -log sigmoid(chosen - rejected)
-  Fresh pairs right: [reward]{right:.1%}[/] | of at most [human]{most:.1%}[/], choices being so noisy
+  Reward model loss: [reward]{first:.3f} -> {last:.3f}[/] || of -log sigmoid(chosen - rejected)
+  Fresh pairs right: [reward]{right:.1%}[/] || of at most [human]{most:.1%}[/], choices being so noisy
 {table(["chosen", "human", "score", "", "rejected".ljust(16), "human", "score", ""], pairs)}\
     Scores have mean 0, deviation 1 over the reference's responses; the model is
     frozen now. It never saw a human score, only which of two was chosen."""
@@ -1040,15 +1040,15 @@ def step_pages(data, config):
     group = f"    Each prompt stands {config.group_size} times: a group of responses to compare.\n"
     yield f"""Step 1: Sample prompts
   Batch size: [n]{len(prompts)}[/]
-  Prompt shapes: [n]{prompts.shape}[/] tokens | [n]{text_of(prompts[0], config)}[/]
+  Prompt shapes: [n]{prompts.shape}[/] tokens || [n]{text_of(prompts[0], config)}[/]
 {"" if gae_used else group}\
     Why only prompts: the actor writes its own training data, in step 2."""
     responses, mask, logits = data["responses"], data["mask"], data["logits"]
     yield f"""Step 2: Generate responses ([actor]Actor[/])
   [dim]Actor forward pass...[/]
-  Generated tokens: [actor]{mask.shape}[/] | [actor]{text_of(responses[0][mask[0] != 0], config)}[/]
-  Actor logits: [actor]{logits.shape}[/] | [actor]{size_of(logits.nbytes)}[/]; training keeps only slices
-  Old log probs: [actor]{mask.shape}[/] | [actor]{preview("old_logprobs")}[/]
+  Generated tokens: [actor]{mask.shape}[/] || [actor]{text_of(responses[0][mask[0] != 0], config)}[/]
+  Actor logits: [actor]{logits.shape}[/] || [actor]{size_of(logits.nbytes)}[/]; training keeps only slices
+  Old log probs: [actor]{mask.shape}[/] || [actor]{preview("old_logprobs")}[/]
     Why "old": they stay as they are while step 7 changes the actor.
     [...]: the first response's first tokens and last; mean: over all tokens."""
     del logits  # the largest array of all
@@ -1056,7 +1056,7 @@ def step_pages(data, config):
     origin = "Here choices taught it, above." if config.readable else "Here it is random; --preset letters trains one."
     yield f"""Step 3: Score responses ([reward]Reward Model[/])
   [dim]Reward model forward pass...[/]
-  Scores: [reward]{listed(scores)}[/] | mean [reward]{fixed(scores.mean(), 3)}[/]
+  Scores: [reward]{listed(scores)}[/] || mean [reward]{fixed(scores.mean(), 3)}[/]
     Why one number a response: only a finished response can be judged.
     {origin}"""
     kl = data["kl"]
@@ -1064,29 +1064,29 @@ def step_pages(data, config):
     mean, k1, k2, k3, exact = (fixed(real_mean(data[name], mask), 3) for name in ("kl", "k1", "k2", "k3", "exact_kl"))
     yield f"""Step 4: Compute KL penalty ([reference]Reference[/])
   [dim]Reference forward pass...[/]
-  Reference log probs: [reference]{mask.shape}[/] | [reference]{preview("ref_logprobs")}[/]
+  Reference log probs: [reference]{mask.shape}[/] || [reference]{preview("ref_logprobs")}[/]
     KL is estimated by k1 = log p_actor - log p_reference of the sampled token,
     or by k2 = k1²/2, or by k3 = exp(-k1) - 1 + k1.
-  KL divergence per token: [reference]{kl.shape}[/] | [reference]{preview("kl")}[/]
-  Mean KL: [reference]{mean}[/] | ± {error:.3f} (standard error) nats a token, {config.kl_estimator}
+  KL divergence per token: [reference]{kl.shape}[/] || [reference]{preview("kl")}[/]
+  Mean KL: [reference]{mean}[/] || ± {error:.3f} (standard error) nats a token, {config.kl_estimator}
   By estimator: [reference]k1 {k1}, k2 {k2}, k3 {k3}[/]
-  Exact KL: [reference]{exact}[/] | over all {config.vocab_size} tokens, at each position
+  Exact KL: [reference]{exact}[/] || over all {config.vocab_size} tokens, at each position
     Why k1 is negative on {real_mean(data["k1"] < 0, mask):.0%} of the tokens: it looks at the sampled one only.
     Its mean over many is the exact KL, which never is. As a reward only k1 has
     the gradient of the KL: with k2 or k3 in its place the actor drifts off."""
     totals, first, first_kl = data["total_rewards"], fixed(scores[0], 4), fixed(kl[0].sum(), 4)
     yield f"""Step 5: Compute total rewards
-  reward = reward_model_score - β * KL | β = [n]{config.beta}[/]
-  Total rewards: [n]{listed(totals)}[/] | per response, mean [n]{fixed(totals.mean(), 3)}[/]
+  reward = reward_model_score - β * KL || β = [n]{config.beta}[/]
+  Total rewards: [n]{listed(totals)}[/] || per response, mean [n]{fixed(totals.mean(), 3)}[/]
     The first: {first} - {config.beta} * {first_kl} = {fixed(totals[0])}, KL summed over its tokens.
     Why the score sits on the last token: nothing before it was judged. Token by
     token: {listed(data["rewards"][0][mask[0] != 0])}, each -β * KL, the last + score."""
-    whitened = "" if config.advantage == "grpo" else f"  Whitened: [n]{mask.shape}[/] | [n]{preview('whitened')}[/]\n"
+    whitened = "" if config.advantage == "grpo" else f"  Whitened: [n]{mask.shape}[/] || [n]{preview('whitened')}[/]\n"
     if gae_used:
         yield f"""Step 6: Compute advantages ([critic]Critic[/] + GAE)
   [dim]Critic forward pass...[/]
-  Values: [critic]{mask.shape}[/] | [critic]{preview("values")}[/]
-  GAE advantages: [n]{mask.shape}[/] | [n]{preview("advantages")}[/]
+  Values: [critic]{mask.shape}[/] || [critic]{preview("values")}[/]
+  GAE advantages: [n]{mask.shape}[/] || [n]{preview("advantages")}[/]
 {whitened}\
     GAE, generalized advantage estimation: how much better than expected.
     δ[t] = reward[t] + γ value[t+1] - value[t]           γ = {config.gamma}, λ = {config.lam};
@@ -1098,9 +1098,9 @@ def step_pages(data, config):
         rloo = f"R - mean of the others' R = {first} - ({others})"
         grpo = f"(R - mean) / deviation = ({first} - ({mean})) / {fixed(totals.std(ddof=1), 4)}"
         yield f"""Step 6: Compute advantages ({config.advantage}, no critic)
-  Group advantages: [n]{mask.shape}[/] | [n]{preview("advantages")}[/]
+  Group advantages: [n]{mask.shape}[/] || [n]{preview("advantages")}[/]
   Total rewards R of group 1: [n]{listed(totals, 8)}[/]
-  Its advantages: [n]{listed(advantages, 8)}[/] | one for all tokens of a response
+  Its advantages: [n]{listed(advantages, 8)}[/] || one for all tokens of a response
 {whitened}\
     The first: {grpo if config.advantage == "grpo" else rloo} = {fixed(advantages[0])}.
     Why a group: what else was written to the same prompt says what was to be
@@ -1113,7 +1113,7 @@ def step_pages(data, config):
     returns = """    critic loss = mean of (value - return)², where return = advantage + value is
     the reward still to come from there
 """
-    last = {name: f"[{name}]{fixed(data[f'{name}_loss'][-1], 3)}[/] | before the last update" for name in names}
+    last = {name: f"[{name}]{fixed(data[f'{name}_loss'][-1], 3)}[/] || before the last update" for name in names}
     yield f"""Step 7: PPO update
   Ratio = exp(new_log_prob - old_log_prob)
   Clipped ratio: clip(ratio, {low}, {high})
@@ -1258,9 +1258,9 @@ def theory_page(gain, config):
     most, why = ("", "lost in noise: the gain at stake is too small") if lost else ("at most ", "± its standard error")
     score, kl = f"[reward]{fixed(gain['score'], 3)}[/]", f"[reference]{fixed(gain['kl'], 3)}[/]"
     page = f"""Against theory: J = score - β * KL per response, on fresh prompts
-  J {"of the reference" if config.drift else "at the start"}: [n]{fixed(gain["J_start"], 3)}[/] | the reference's score
-  J now: [n]{fixed(gain["J"], 3)}[/] | {score} - {config.beta} * {kl}
-  J*: at least [n]{fixed(gain["J_star"], 3)}[/] | no policy exceeds J*; estimated from below
+  J {"of the reference" if config.drift else "at the start"}: [n]{fixed(gain["J_start"], 3)}[/] || the reference's score
+  J now: [n]{fixed(gain["J"], 3)}[/] || {score} - {config.beta} * {kl}
+  J*: at least [n]{fixed(gain["J_star"], 3)}[/] || no policy exceeds J*; estimated from below
   Share of the attainable gain: {most}[n]{share_of(gain)}[/]
     (J - start) / (J* - start), {why}"""
     if config.gamma < 1 and config.advantage == "gae":

@@ -60,14 +60,13 @@ def show(name, measured, limit, aim, unit="x"):
 
 
 def gradient_inputs(config):
-    """Arguments of actor_gradients: a batch as generate returned it, and random advantages."""
-    rng = np.random.default_rng(config.seed)
+    """Arguments of actor_gradients, at random."""
+    rng, lengths = np.random.default_rng(config.seed), (config.prompt_length, config.response_length)
     actor = loop.init_models(config, rng).actor
-    prompts = loop.sample_prompts(rng, config.batch_size, config.prompt_length, config.vocab_size)
-    batch = loop.generate(actor, prompts, config.response_length, rng, config.vocab_size - 1, keep_logits=False)
-    responses, mask, logprobs, _ = batch
-    advantages = rng.standard_normal(mask.shape, dtype=np.float32) * mask
-    return actor, prompts, responses, logprobs, advantages, mask, config.clip
+    prompts, responses = (loop.sample_prompts(rng, config.batch_size, each, config.vocab_size) for each in lengths)
+    logprobs = loop.token_logprobs(actor, prompts, responses)
+    advantages = rng.standard_normal(logprobs.shape, dtype=np.float32)
+    return actor, prompts, responses, logprobs, advantages, np.ones_like(logprobs), config.clip
 
 
 def fastest_floor(actor, prompts, responses):
@@ -84,18 +83,17 @@ def fastest_floor(actor, prompts, responses):
                 rows.T @ matrix  # (D, n) @ (n, v)
                 matrix @ columns.T  # (n, v) @ (v, D)
 
-    # some rows and all columns, or all rows and some columns, of 0.5 to 2 million numbers
-    sizes = [(numbers // head.shape[1], head.shape[1]) for numbers in (500_000, 1_000_000, 2_000_000)]
-    sizes += [(len(states), numbers // len(states)) for numbers in (500_000, 1_000_000, 2_000_000)]
-    floors = [partial(floor, *size) for size in sizes]
+    floors = []
+    for numbers in (500_000, 1_000_000, 2_000_000):  # of some rows and all columns, and the other way round
+        shapes = (numbers // head.shape[1], head.shape[1]), (len(states), numbers // len(states))
+        floors += [partial(floor, *shape) for shape in shapes]
     return floors[np.argmin([1, *ratios(5, *floors)])]
 
 
-def drained(**sizes):
-    """A function that runs two steps of core_loop at these sizes; at learning rate 0, the same two each time."""
-    config = loop.Config(**sizes, steps=2, learning_rate=0.0)
-    models = loop.init_models(config, np.random.default_rng(config.seed))
-    return lambda: list(loop.core_loop(models, config, np.random.default_rng(config.seed)))
+def train(config):
+    """core_loop from fresh models."""
+    rng = np.random.default_rng(config.seed)
+    list(loop.core_loop(loop.init_models(config, rng), config, rng))
 
 
 # ------------------------------------------------------------------ the same in PyTorch
@@ -145,7 +143,7 @@ def torch_policy_loss(actor, prompts, responses, logprobs, advantages, mask, cli
 
 
 def torch_batch(actor, critic, reward_model, reference, config):
-    """Steps 1 to 6, of which 5 and 6 are the module's. Returns the arguments of torch_policy_loss, and returns."""
+    """Steps 1 to 6. Returns the arguments of torch_policy_loss, and returns."""
     prompts = torch.randint(0, config.vocab_size - 1, (config.batch_size, config.prompt_length))
     responses, mask, logprobs = torch_generate(actor, prompts, config.response_length, config.vocab_size - 1)
     last = config.prompt_length + mask.sum(1).long() - 1
@@ -160,13 +158,13 @@ def torch_batch(actor, critic, reward_model, reference, config):
 
 
 def torch_train(config):
-    """core_loop from fresh models."""
-    models = [tensors(model) for model in loop.init_models(config, np.random.default_rng(config.seed))]
-    actor, critic, *_ = models
+    """train, of which only steps 5 and 6 are the module's."""
+    models = loop.init_models(config, np.random.default_rng(config.seed))
+    actor, critic, *frozen = map(tensors, models)
     optimizers = [torch.optim.Adam(model.values()) for model in (actor, critic)]
     for step in range(config.steps):
         with torch.no_grad():
-            batch, returns = torch_batch(*models, config)
+            batch, returns = torch_batch(actor, critic, *frozen, config)
         prompts, responses, _, _, mask, _ = batch
         for _ in range(config.ppo_epochs):
             error = (torch_outputs(critic, prompts, responses)[..., 0] - returns) * mask
@@ -181,32 +179,30 @@ def torch_train(config):
 
 
 def show_torch_rows(config, inputs):
-    """What is compared with PyTorch in this process; inputs are those of actor_gradients."""
+    """What is compared with PyTorch; inputs are those of actor_gradients."""
+    commands = [sys.executable, "-c", "import torch"], [sys.executable, str(SCRIPT)]
+    processes = [partial(subprocess.run, each, stdout=subprocess.DEVNULL, check=True) for each in commands]
+    show("walk-through, whole process / import torch", *ratios(9, *processes), 0.75, 0.6)
+
     torch.set_num_threads(1)
     actor, (prompts, *rest) = tensors(inputs[0]), map(torch.from_numpy, inputs[1:-1])
     rng, length, eos_token = np.random.default_rng(config.seed), config.response_length, config.vocab_size - 1
-    letters = loop.Config(vocab_size=27, batch_size=64, prompt_length=8, response_length=16, drift=0.0, steps=20)
 
     def torch_gradients():
         torch.autograd.grad(torch_policy_loss(actor, prompts, *rest, config.clip), list(actor.values()))
 
-    def train():
-        list(loop.train(loop.init_models(letters, rng), letters, rng))
-
     torch_sampling = partial(torch.no_grad()(torch_generate), actor, prompts, length, eos_token)
     sampling = partial(loop.generate, *inputs[:2], length, rng, eos_token, keep_logits=False)
+    letters = loop.Config(vocab_size=27, batch_size=64, prompt_length=8, response_length=16, drift=0.0, steps=20)
+    training = partial(torch_train, letters), partial(train, letters)
     show("actor_gradients / PyTorch", *ratios(7, torch_gradients, partial(loop.actor_gradients, *inputs)), 0.5, 0.3)
     show("generate / PyTorch", *ratios(7, torch_sampling, sampling), 0.4, 0.2)
-    show("training, preset letters / PyTorch", *ratios(7, partial(torch_train, letters), train), 1, 0.5)
+    show("training, preset letters / PyTorch", *ratios(7, *training), 1, 0.5)
 
 
 def main():
     """Print the table, a row as soon as it is measured."""
     print(f"{f'numpy {np.__version__}':46}measured   limit     aim reached", flush=True)
-    if torch:
-        commands = [sys.executable, "-c", "import torch"], [sys.executable, str(SCRIPT)]
-        processes = [partial(subprocess.run, each, stdout=subprocess.DEVNULL, check=True) for each in commands]
-        show("walk-through, whole process / import torch", *ratios(9, *processes), 0.75, 0.6)
     inputs = gradient_inputs(loop.Config())
     measured = ratios(15, fastest_floor(*inputs[:3]), partial(loop.actor_gradients, *inputs))
     show("actor_gradients / three products and an exp", *measured, 1.75, 1.5)
@@ -216,17 +212,15 @@ def main():
     small = ("--steps=2", "--prompt-length=16", "--response-length=16")
     more = peak(*small, "--batch-size=64") - peak(*small, "--batch-size=4")
     show("peak, 2 steps of P 16, T 16: B 64 less B 4", more, 80, 20, " MB")
-    half = {"batch_size": 2, "prompt_length": 32, "response_length": 64, "vocab_size": 25128}
-    doubled = [drained(**{**half, name: 2 * half[name]}) for name in ("batch_size", "response_length", "vocab_size")]
-    for letter, measured in zip("BTV", ratios(5, drained(**half), *doubled)):
+    half = {"steps": 2, "batch_size": 2, "prompt_length": 32, "response_length": 64, "vocab_size": 25128}
+    doubled = ({name: 2 * half[name]} for name in ("batch_size", "response_length", "vocab_size"))
+    runs = [partial(train, loop.Config(**{**half, **each})) for each in ({}, *doubled)]
+    for letter, measured in zip("BTV", ratios(5, *runs)):
         show(f"loop when {letter} doubles, from half of all sizes", measured, 2.3, 2.05)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="How fast the loop is, as ratios.", allow_abbrev=False)
     parser.add_argument("--torch", action="store_true", help="compare with PyTorch, which has to be installed")
-    try:
-        torch = importlib.import_module("torch") if parser.parse_args().torch else None
-    except ImportError as problem:
-        parser.error(f"--torch: {problem}")
+    torch = importlib.import_module("torch") if parser.parse_args().torch else None
     main()

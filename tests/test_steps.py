@@ -204,6 +204,20 @@ def test_the_logits_of_all_tokens_are_never_held_whole(monkeypatch):
         tracemalloc.stop()
 
 
+@given(batches)
+def test_exact_kl(batch):
+    other, tokens = small_model(batch.rng, batch.vocab_size, batch.width), (batch.prompts, batch.responses)
+    p, q = (
+        np.array([slow_logprobs(model, batch.sequence(*place)) for place in everywhere(batch.mask)])
+        for model in (batch.model, other)
+    )  # (B * T, V) both
+    logits = p.reshape(*batch.mask.shape, -1) + 5  # a shift changes no probability
+    read_only(logits, other, *tokens)
+    expected = (np.exp(p) * (p - q)).sum(axis=1).reshape(batch.mask.shape)
+    np.testing.assert_allclose(loop.exact_kl(logits, other, *tokens), expected, rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(loop.exact_kl(logits, batch.model, *tokens), 0, atol=1e-9)
+
+
 @given(st.floats(-30, 5), st.floats(-30, 5))
 def test_kl_estimators(lp, ref):
     arrays = read_only(np.array([[lp]]), np.array([[ref]]))
@@ -384,12 +398,19 @@ def test_ppo_loss(batch, clip):
     assert loss == pytest.approx(np.mean(losses))
 
 
-def test_a_ratio_that_overflows_costs_nothing_at_padding():
-    x, mask = np.array([[0.0, np.inf]]), np.array([[1, 0]])
-    loss, d_new, ratio = loop.ppo_loss(x, x, x, mask, 0.2)
-    assert (loss, d_new.tolist(), ratio.tolist()) == (0, [[0, 0]], [[1, 0]])
+@pytest.mark.parametrize("junk", [np.nan, np.inf, 1e4, -1e4])
+def test_junk_at_padding_costs_nothing_not_even_a_warning(junk):
+    x, mask = np.array([[0.0, junk]]), np.array([[1, 0]])
+    for arrays in ((x, 0 * mask, x), (0 * mask, x, x)):
+        loss, d_new, ratio = loop.ppo_loss(*arrays, mask, 0.2)
+        assert (loss, d_new.tolist(), ratio.tolist()) == (0, [[0, 0]], [[1, 0]])
     loss, d_values = loop.value_loss(x, x, mask)
     assert (loss, d_values.tolist()) == (0, [[0, 0]])
+    assert loop.shape_rewards(np.array([2.0]), x, mask, 0.1).tolist() == [[2, 0]]
+    assert [each.tolist() for each in loop.gae(x + 1, x, mask, 1.0, 1.0)] == [[[1, 0]], [[1, 0]]]
+    assert loop.whiten(x, mask).tolist() == [[0, 0]]
+    rewards = np.array([[1.0, junk], [3.0, junk]])
+    assert loop.group_advantages(rewards, np.array([[1, 0], [1, 0]]), 2, "rloo").tolist() == [[-2, 0], [2, 0]]
 
 
 @given(any_batches)
@@ -459,9 +480,9 @@ def test_the_dtype_is_kept(dtype, mask_type):
     mask, tokens = batch.mask.astype(mask_type), (batch.prompts, batch.responses)
     responses, generated_mask, logprobs, logits = loop.generate(model, batch.prompts, 5, batch.rng, 6)
     assert responses.dtype.kind == "i"
-    gradients, actor_loss, ratio = loop.actor_gradients(model, *tokens, a, b, mask, 0.2)
-    critic_gradients, critic_loss = loop.critic_gradients(critic, *tokens, a, mask)
-    reward_gradients, reward_loss = loop.reward_gradients(critic, *tokens, mask)
+    gradients, _, ratio = loop.actor_gradients(model, *tokens, a, b, mask, 0.2)
+    critic_gradients, _ = loop.critic_gradients(critic, *tokens, a, mask)
+    reward_gradients, _ = loop.reward_gradients(critic, *tokens, mask)
     results = [
         generated_mask,
         logprobs,
@@ -476,12 +497,9 @@ def test_the_dtype_is_kept(dtype, mask_type):
         *loop.gae(a, b, mask, 0.9, 0.8),
         *(loop.group_advantages(a, mask, 2, method) for method in ("rloo", "grpo")),
         loop.whiten(a, mask),
-        *loop.ppo_loss(a, b, a, mask, 0.2),
-        *loop.value_loss(a, b, mask),
-        *loop.preference_loss(a[:, 0], b[:, 0]),
-        actor_loss,
-        critic_loss,
-        reward_loss,
+        *loop.ppo_loss(a, b, a, mask, 0.2)[1:],
+        *loop.value_loss(a, b, mask)[1:],
+        *loop.preference_loss(a[:, 0], b[:, 0])[1:],
         ratio,
         *gradients.values(),
         *critic_gradients.values(),
@@ -492,16 +510,21 @@ def test_the_dtype_is_kept(dtype, mask_type):
     assert {result.dtype for result in results} == {np.dtype(dtype)}
 
 
-def test_settings_from_numpy_change_no_dtype():
-    """A beta or a clip taken from an array is a float64, and must not turn float32 into that."""
-    x, ones = np.arange(4, dtype=np.float32).reshape(2, 2), np.ones((2, 2))
-    setting = np.float64(0.5)
+def test_settings_from_numpy_count_as_numbers():
+    """A beta or a clip taken from an array is a float64, and must not turn float32 into that, nor stop a gradient."""
+    x, y = np.random.default_rng(0).standard_normal((2, 4, 5)).astype(np.float32)
+    ones = np.ones(x.shape)
     results = [
-        loop.shape_rewards(x[0], x, ones, setting),
-        *loop.gae(x, x, ones, setting, setting),
-        *loop.ppo_loss(x, x, x, ones, setting)[1:],
+        [
+            loop.shape_rewards(x[:, 0], x, ones, setting),
+            *loop.gae(x, y, ones, setting, setting),
+            *loop.ppo_loss(x / 9, y / 9, y, ones, setting)[1:],
+        ]
+        for setting in (0.3, np.float64(0.3))
     ]
-    assert {result.dtype for result in results} == {np.dtype(np.float32)}
+    for of_python, of_numpy in zip(*results):
+        assert of_numpy.dtype == np.float32
+        np.testing.assert_allclose(of_numpy, of_python, rtol=1e-4, atol=1e-6)
 
 
 def test_whole_numbers_count_as_float64():

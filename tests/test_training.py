@@ -305,7 +305,7 @@ def test_actor_and_critic_learn_and_the_others_are_frozen(advantage):
 
 def adam_update(weights, gradients, moments, learning_rate):
     """Kingma & Ba, algorithm 1, on a model; moments is a list of (t, m, v), the last one at the end."""
-    t, m, v = moments[-1] if moments else (0, {name: 0 for name in weights}, {name: 0 for name in weights})
+    t, m, v = moments[-1] if moments else (0, dict.fromkeys(weights, 0), dict.fromkeys(weights, 0))
     t, m = t + 1, {name: 0.9 * m[name] + 0.1 * g for name, g in gradients.items()}
     v = {name: 0.999 * v[name] + 0.001 * g**2 for name, g in gradients.items()}
     moments.append((t, m, v))
@@ -348,7 +348,7 @@ def test_the_first_update_moves_both_by_the_learning_rate():
 
 
 def test_the_losses_fall_over_the_epochs_of_a_step():
-    before, data, after = steps_of(replace(SMALL, learning_rate=0.005))[0]
+    [(_, data, after)] = steps_of(replace(SMALL, learning_rate=0.005))
     assert abs(data["actor_loss"][0]) < 1e-5
     values = loop.critic_values(after.critic, data["prompts"], data["responses"])
     end, _ = loop.value_loss(values, data["returns"], data["mask"])
@@ -383,7 +383,7 @@ def test_a_fresh_batch_each_step_means_that_seeds_differ_in_every_step():
 def test_an_actor_that_diverges_stops_the_run(run, advantage):
     config = replace(SMALL, advantage=advantage, learning_rate=1e30, steps=1 if run is loop.walk_through else 3)
     models, rng = start(config)
-    with np.errstate(all="ignore"), pytest.raises(FloatingPointError, match="step 1.*--learning-rate"):
+    with np.errstate(all="ignore"), pytest.raises(FloatingPointError, match=r"step 1: .*--learning-rate"):
         list(run(models, config, rng))
 
 
@@ -475,7 +475,7 @@ def test_only_where_tokens_are_letters_a_human_is_asked(tmp_path):
     assert {"preferences/accuracy", "objective/human_scores"} <= kept.keys()
     assert 0 < kept["theory/human"] < 1
     kept = saved(tmp_path, f"{sizes} --vocab-size 26")
-    assert not [name for name in kept if "human" in name and name != "theory/human" or "preferences" in name]
+    assert not [name for name in kept if ("human" in name and name != "theory/human") or "preferences" in name]
     assert np.isnan(kept["theory/human"])
 
 
@@ -594,6 +594,23 @@ def test_the_standard_error_of_a_share_is_its_spread_over_theories(beta):
 def test_where_nothing_is_at_stake_there_is_no_share():
     assert np.isnan(gains(replace(SMALL, beta=1000.0), range(3))["share"]).all()
     assert np.isfinite(gains(replace(SMALL, beta=0.1), range(3))["share"]).all()
+
+
+@pytest.mark.parametrize("prompts_at_stake, certain", [(7, False), (8, True), (32, True)])
+def test_a_share_is_shown_where_the_stake_is_three_standard_errors(prompts_at_stake, certain, monkeypatch):
+    """k of 32 prompts have responses that score 1 and -1, the others only 0: mean² / error² is 31 k / (32 - k)."""
+
+    def score(model, prompts, *_):
+        return np.where(prompts[:, 0] < prompts_at_stake, (-1.0) ** np.arange(len(prompts)), 0.0)
+
+    monkeypatch.setattr(loop, "sample_prompts", lambda rng, size, *_: np.arange(size)[:, None])
+    monkeypatch.setattr(loop, "generate", lambda actor, prompts, *_: (prompts, np.ones(prompts.shape), None, None))
+    monkeypatch.setattr(loop, "token_logprobs", lambda model, prompts, _: np.zeros(prompts.shape))
+    monkeypatch.setattr(loop, "score_responses", score)
+    gain = loop.attainable_gain(start(SMALL)[0], replace(SMALL, beta=0.0), None)
+    assert gain["J_star"] == pytest.approx(prompts_at_stake / 32)
+    assert gain["J"] == gain["J_start"] == pytest.approx(0)
+    assert gain["share"] == 0 if certain else np.isnan(gain["share"])
 
 
 def test_theory_has_random_numbers_of_its_own(tmp_path, monkeypatch):
