@@ -260,10 +260,8 @@ def score_responses(reward_model, prompts, responses, mask):
     Raises ValueError for shapes that differ or a mask with an empty row.
     Source: InstructGPT (Ouyang et al. 2022), section 3.5.
     """
-    if mask.shape != responses.shape or not mask.any(axis=1).all():
-        raise ValueError("mask: needs the shape of responses, and a 1 in each row")
     hidden, _ = backbone(reward_model, np.concatenate([prompts, responses], axis=1))
-    last = hidden[np.arange(len(mask)), last_positions(prompts, mask)]  # -> (B, D)
+    last = hidden[last_positions(prompts, responses, mask)]  # (B, P + T, D) -> (B, D)
     return (last @ reward_model["head"])[:, 0] + reward_model.get("bias", 0.0)
 # ANCHOR_END: score_responses
 
@@ -422,8 +420,8 @@ def whiten(x, mask):
         raise ValueError("mask: needs the shape of x, and a real token")
     real = x[mask.astype(bool)].astype(np.float64)  # (B, T) -> (N,)
     variance = real.var(ddof=min(1, len(real) - 1))
-    centered = np.where(mask, x, 0.0) - float(real.mean())
-    return np.where(mask, centered / float(np.sqrt(variance + 1e-8)), 0.0)
+    whitened = (x - float(real.mean())) / float(np.sqrt(variance + 1e-8))
+    return np.where(mask, whitened, 0.0)
 # ANCHOR_END: whiten
 
 # ANCHOR: ppo_loss
@@ -618,23 +616,22 @@ def reward_gradients(reward_model, prompts, responses, mask):
     """Gradients of preference_loss for the reward model's parameters.
 
     prompts (2 N, P), responses, mask (2 N, T), the chosen first, as collect_preferences
-    returns them. Returns (gradients, loss): keyed like the parameters, scalar.
-    Source: InstructGPT, equation 1, by the chain rule.
+    returns them. Returns (gradients, loss): keyed like the parameters, scalar. Raises
+    ValueError as score_responses does. Source: InstructGPT, equation 1, chain rule.
     """
     tokens, head = np.concatenate([prompts, responses], axis=1), reward_model["head"]
     hidden, context = backbone(reward_model, tokens)  # (2 N, P + T, D) both
-    last = last_positions(prompts, mask)  # (2 N,)
-    rows = np.arange(len(last))
-    scores = hidden[rows, last] @ head[:, 0]  # (2 N, D) -> (2 N,)
+    last = last_positions(prompts, responses, mask)
+    scores = hidden[last] @ head[:, 0]  # (2 N, P + T, D) -> (2 N, D) -> (2 N,)
     chosen, rejected = np.split(scores, 2)  # (N,) both
 
     loss, d_chosen, d_rejected = preference_loss(chosen, rejected)
 
     d_scores = np.concatenate([d_chosen, d_rejected])[:, None]  # (2 N, 1)
     d_hidden = np.zeros_like(hidden)
-    d_hidden[rows, last] = d_scores * head[:, 0]  # (2 N, D)
+    d_hidden[last] = d_scores * head[:, 0]  # (2 N, D)
     gradients = backbone_gradients(reward_model, tokens, hidden, context, d_hidden)
-    return {**gradients, "head": hidden[rows, last].T @ d_scores}, loss
+    return {**gradients, "head": hidden[last].T @ d_scores}, loss
 # ANCHOR_END: reward_gradients
 
 # ANCHOR: train_reward_model
@@ -649,7 +646,8 @@ def train_reward_model(reward_model, prompts, responses, mask, rng):
     Returns (reward_model, losses): a new model, with a bias besides, and (200,).
     Source: Stiennon et al. 2020, section 3.4; InstructGPT, section 3.5.
     """
-    reward_model = {name: weights.copy() for name, weights in reward_model.items()}
+    parts = "embed", "mix", "head"  # not the bias, which only shifts
+    reward_model = {name: reward_model[name].copy() for name in parts}
     pairs, state, losses = len(prompts) // 2, {}, []
     for learning_rate in np.linspace(2e-3, 0, 200, endpoint=False):
         chosen = rng.integers(0, pairs, size=128)
@@ -714,9 +712,13 @@ def response_inputs(prompts, responses):
     """
     return np.concatenate([prompts, responses[:, :-1]], axis=1)
 
-def last_positions(prompts, mask):
-    """Where in prompt and response the last real token stands. (B, P), (B, T) -> (B,)."""
-    return prompts.shape[1] + mask.shape[1] - 1 - mask[:, ::-1].astype(bool).argmax(axis=1)
+def last_positions(prompts, responses, mask):
+    """Where the last real tokens stand in prompts and responses: rows and positions, (B,) both, an index. Raises
+    ValueError for shapes that differ or a row without one."""
+    if mask.shape != responses.shape or not mask.any(axis=1).all():
+        raise ValueError("mask: needs the shape of responses, and a 1 in each row")
+    from_the_end = mask[:, ::-1].astype(bool).argmax(axis=1)  # (B, T) -> (B,)
+    return np.arange(len(mask)), prompts.shape[1] + mask.shape[1] - 1 - from_the_end
 
 def backbone(model, tokens):
     """Hidden states of a causal one-layer model.
@@ -818,7 +820,7 @@ def sum_by_token(tokens, rows, vocab_size):
 
 def vocabulary_slices(states, head):
     """Slices of the vocabulary in which the logits states @ head have at most SLICE numbers, or one column."""
-    step = max(1, SLICE // max(1, len(states)))
+    step = max(1, SLICE // len(states))
     return [slice(start, start + step) for start in range(0, head.shape[1], step)]
 
 np.empty(8 * SLICE, dtype=np.float32)  # freed at once: from here on glibc keeps what is smaller
@@ -1246,7 +1248,7 @@ def course_page(console, config, history, gain):
     return f"The course of the training\n{chart(console, 'step', curves)}"
 
 def share_of(gain):
-    """The share with its standard error; a dash where what could be gained is lost in noise, none of it after a loss."""
+    """The share with its standard error; a dash where what could be gained is lost in noise, "none" after a loss."""
     share, error = gain["share"], gain.get("share_error", 0)
     return "-" if np.isnan(share) else "none" if share < 0 else f"{share:.0%} ± {error:.1%}"
 
@@ -1381,7 +1383,8 @@ def recipe(trainer, config):
             if config.advantage == "gae" or not (name.startswith("critic") or each.name in ("gamma", "lam")):
                 lines.append(f"{before}{name}{after}{value.format(**derived) or getattr(config, each.name)}")
     notes = ["MODEL, DATASET, REWARD_MODEL are yours to name; a real model wants a learning rate of about 1e-6", *notes]
-    return "\n".join([f"# {version}, with its own settings for GPUs", " \\\n    ".join(lines), *(f"# {note}" for note in notes)])
+    heading = f"# {version}, with its own settings for GPUs"
+    return "\n".join([heading, " \\\n    ".join(lines), *(f"# {note}" for note in notes)])
 
 def read_command_line(argv):
     """Options, and a Config for each beta and advantage; where something is wrong, exits with 2 and one sentence."""

@@ -1,6 +1,10 @@
 """What several test files need: small models, ragged batches, and definitions too slow to be wrong."""
 
+import contextlib
+import io
+import itertools
 import os
+import re
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy: more threads only wait on small matrices
 
@@ -107,61 +111,44 @@ def batch(request):
     return Batch(3, holes=True) if request.param == "holes" else Batch(request.param)
 
 
-def check_formulas(data, config):
-    """That the arrays of one step, as the walk-through yields and saves them, satisfy the formulas on its screen."""
-    mask, responses = data["mask"], data["responses"]
-    real, n = mask == 1, np.count_nonzero(mask)
-    for row, length in zip(responses, mask.sum(axis=1).astype(int)):
-        assert config.vocab_size - 1 not in row[: length - 1]
-        assert (row[length:] == config.vocab_size - 1).all()
-        assert length == config.response_length or row[length - 1] == config.vocab_size - 1
-    of_tokens = {"old_logprobs", "ref_logprobs", "kl", "exact_kl", "rewards", "values", "advantages", "returns"}
-    for name in of_tokens & data.keys():
-        assert data[name].shape == mask.shape
-        assert (data[name][~real] == 0).all()
+# From here on: what the tests of the screen and of the command line share.
 
-    k1 = data["old_logprobs"].astype(np.float64) - data["ref_logprobs"]
-    estimators = {"k1": k1, "k2": k1**2 / 2, "k3": np.exp(-k1) - 1 + k1}
-    for name, kl in {**estimators, "kl": estimators[config.kl_estimator]}.items():
-        np.testing.assert_allclose(data[name], kl, atol=1e-4, rtol=1e-4)
-    assert (data["exact_kl"] > -1e-4).all()
-    rewards = -config.beta * data["kl"]
-    for b, row in enumerate(real):
-        rewards[b, np.flatnonzero(row)[-1]] += data["scores"][b]
-    np.testing.assert_allclose(data["rewards"], rewards, atol=1e-5)
-    np.testing.assert_allclose(data["total_rewards"], rewards.sum(axis=1), atol=1e-4)
 
-    if config.advantage == "gae":
-        values, advantages = data["values"], data["advantages"]
-        next_values, next_advantages = (np.pad(x[:, 1:], ((0, 0), (0, 1))) for x in (values, advantages))
-        td_errors = (data["rewards"] + config.gamma * next_values - values) * mask
-        np.testing.assert_allclose(data["td_errors"], td_errors, atol=1e-5)
-        expected = td_errors + config.gamma * config.lam * next_advantages * mask
-        np.testing.assert_allclose(advantages, expected, atol=1e-5, rtol=1e-5)
-        np.testing.assert_allclose(data["returns"], advantages + values, atol=1e-6)
-        assert data["critic_loss"].shape == (config.ppo_epochs,)
-        assert data["critic_loss"][0] == pytest.approx(((values - data["returns"]) ** 2).sum() / n, rel=1e-4)
-    else:
-        groups = data["rewards"].sum(axis=1, dtype=np.float64).reshape(-1, config.group_size)
-        centered = groups - groups.mean(axis=1, keepdims=True)
-        if config.advantage == "rloo":  # R - mean of the others
-            expected = centered * config.group_size / (config.group_size - 1)
-        else:
-            expected = centered / (groups.std(axis=1, ddof=1, keepdims=True) + 1e-6)
-        np.testing.assert_allclose(data["advantages"], expected.reshape(-1, 1) * mask, atol=1e-4, rtol=1e-4)
-        assert not {"values", "returns", "td_errors"} & data.keys()
+def shown(flags, folder, code=0):
+    """Run the command line. Returns (what it printed, the arrays that it saved)."""
+    path = folder / "arrays.npz"
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        assert loop.main([*flags.split(), "--save", str(path)]) == code
+    with np.load(path) as arrays:
+        return output.getvalue(), {name: arrays[name] for name in arrays}
 
-    white, ratio = data["whitened"].astype(np.float64), data["ratio"]
-    if config.advantage == "grpo":
-        np.testing.assert_array_equal(data["whitened"], data["advantages"])
-    else:
-        assert white.sum() == pytest.approx(0, abs=1e-3)
-        if data["advantages"][real].std() > 1e-3:
-            assert (white**2).sum() / max(n - 1, 1) == pytest.approx(1, abs=1e-2)
-    bounded = np.clip(ratio, 1 - config.clip, 1 + config.clip)
-    losses = [-np.minimum(r * white, c * white)[real].mean() for r, c in zip(ratio, bounded)]
-    assert ratio.shape == (config.ppo_epochs, *mask.shape)
-    np.testing.assert_allclose(ratio[0], mask, atol=1e-5)
-    np.testing.assert_allclose(data["actor_loss"], losses, atol=1e-5, rtol=1e-4)
-    stopped = ((ratio < 1 - config.clip) & (white < 0)) | ((ratio > 1 + config.clip) & (white > 0))
-    np.testing.assert_array_equal(data["clipped"], stopped)
+
+def numbers(text):
+    """All numbers of a text."""
+    return [float(number.replace(",", "")) for number in re.findall(r"-?\d+(?:,\d{3})*(?:\.\d+)?", text)]
+
+
+def after(text, start):
+    """What follows in the first line that begins so."""
+    return next(line for line in text.splitlines() if line.strip().startswith(start)).strip()[len(start) :]
+
+
+def table_below(text, *heads):
+    """The rows of words below the line that begins with these heads, up to the next empty line or note."""
+    lines = iter(text.splitlines())
+    next(line for line in lines if line.split()[: len(heads)] == list(heads))
+    return [line.split() for line in itertools.takewhile(lambda line: line[:4].strip(), lines)]
+
+
+COLOURS = {"36": "actor", "35": "critic", "32": "reward", "94": "reference", "31": "human", "1": "n", "2": "note"}
+
+
+def owned(line):
+    """The parts of a line that have a colour, as (whose it is, text)."""
+    parts = re.findall(r"\x1b\[(?:1;)?(\d+)m([^\x1b]+)", line)
+    return [(COLOURS[code], text) for code, text in parts if code in COLOURS]
+
+
+def rounds(printed, value, digits):
+    """Whether a number is printed as that value with that many digits."""
+    return abs(printed - value) <= 0.5000001 * 10**-digits + 1e-6 * abs(value)
