@@ -752,23 +752,23 @@ def log_softmax(logits):
 
 def sample_tokens(logits, rng):
     """Draw a token for each row from softmax(logits). (B, V) -> tokens, logprobs (B,)."""
-    logprobs = log_softmax(logits)
-    cumulative = np.cumsum(np.exp(logprobs), axis=1, dtype=np.float64)  # in float32 the tail would be lost
-    draws = (1 - rng.random(len(logits))) * cumulative[:, -1]  # above 0: what has no probability is never drawn
+    weights = np.exp(logits - logits.max(axis=1, keepdims=True))  # softmax, not yet divided by its sum
+    cumulative = np.cumsum(weights, axis=1, dtype=np.float64)  # in float32 the tail would be lost
+    draws = (1 - rng.random(len(logits))) * cumulative[:, -1]  # above 0: what has no weight is never drawn
     tokens = (cumulative >= draws[:, None]).argmax(axis=1)  # the first that reaches its draw
-    return tokens, logprobs[np.arange(len(tokens)), tokens]
+    return tokens, np.log(weights[np.arange(len(tokens)), tokens] / cumulative[:, -1])
 
 def exact_kl(logits, reference, prompts, responses):
     """KL(actor || reference) over the whole vocabulary: Σ over v of p(v) (log p(v) - log q(v)).
 
-    logits (B, T, V) are the actor's. A response at a time. Returns (B, T) in nats, without meaning at padding.
+    logits (B, T, V) are the actor's. A position at a time. Returns (B, T) in nats, without meaning at padding.
     """
     hidden, _ = backbone(reference, response_inputs(prompts, responses))  # (B, S, D)
-    kl = []
-    for row, states in zip(logits, hidden[:, prompts.shape[1] - 1 :]):
-        log_p, log_q = log_softmax(row), log_softmax(states @ reference["head"])  # (T, V) both
-        kl.append((np.exp(log_p) * (log_p - log_q)).sum(axis=1))
-    return np.stack(kl)
+    states, kl = hidden[:, prompts.shape[1] - 1 :], np.empty(responses.shape, dtype=logits.dtype)
+    for t in range(responses.shape[1]):
+        log_p, log_q = log_softmax(logits[:, t]), log_softmax(states[:, t] @ reference["head"])  # (B, V) both
+        kl[:, t] = (np.exp(log_p) * (log_p - log_q)).sum(axis=1)
+    return kl
 
 # What is here for speed, and nowhere else: the logits of all tokens, an (N, V) matrix, would cost more in fresh
 # memory than in arithmetic. The two functions below see it in slices of the vocabulary that stay in the processor's
@@ -788,7 +788,7 @@ def chosen_logprobs(states, head, tokens):
         logits = flat @ head[:, columns]  # (N, D) -> (N, v)
         highest = logits.max(axis=1)
         logits -= highest[:, None]
-        sums = np.exp(logits, out=logits).sum(axis=1)
+        sums = np.exp(logits, out=logits) @ np.ones(logits.shape[1], logits.dtype)  # faster than .sum
         log_sums = np.logaddexp(log_sums, highest + np.log(sums))
     log_sums = log_sums.reshape(tokens.shape)  # (N,) -> (B, T)
     return np.einsum("btd,dbt->bt", states, head[:, tokens]) - log_sums, log_sums
