@@ -965,7 +965,8 @@ LEGEND = "  Colour says whose number it is: " + ", ".join(f"[{name}]{name}[/]" f
 def make_console(**options):
     """A console at least 80 wide that prints text as it stands."""
     theme = Theme({name: f"not dim {style}" for name, style in {**OWNERS, "n": "bold"}.items()})
-    console = Console(highlight=False, emoji=False, theme=theme, **options)
+    system = None if os.environ.get("NO_COLOR") else "auto"  # rich alone would keep bold and dim
+    console = Console(color_system=system, highlight=False, emoji=False, theme=theme, **options)
     console.width = max(80, console.width)
     return console
 
