@@ -267,7 +267,7 @@ def score_responses(reward_model, prompts, responses, mask):
 
 # ANCHOR: token_logprobs
 def token_logprobs(model, prompts, responses):
-    """Step 4. Log probability of each response token, in one forward pass.
+    """Step 4. Log probability of each response token, at once.
 
     logprob[t] = log softmax(hidden[P - 1 + t] @ head)[responses[t]]
 
@@ -309,7 +309,7 @@ def kl_penalty(logprobs, ref_logprobs, estimator="k1"):
 
 # ANCHOR: shape_rewards
 def shape_rewards(scores, kl, mask, beta):
-    """Step 5. Merge score and KL penalty into a reward per token.
+    """Step 5. Merge score and KL penalty: a reward per token.
 
     reward[t] = -beta * kl[t], and the score on top of it at the last real token, where
     the response is complete and can be judged. A row's sum is score - beta * its KL.
@@ -332,7 +332,7 @@ def shape_rewards(scores, kl, mask, beta):
 
 # ANCHOR: critic_values
 def critic_values(critic, prompts, responses):
-    """Step 6. Predict the return of each state: the reward still to come from there.
+    """Step 6. Predict of each state the reward still to come.
 
     value[t] = hidden[P - 1 + t] @ head: the state before token t is chosen
 
@@ -376,7 +376,7 @@ def gae(rewards, values, mask, gamma, lam):
 
 # ANCHOR: group_advantages
 def group_advantages(rewards, mask, group_size, method):
-    """Step 6 without a critic. Compare each response with the others to its prompt.
+    """Step 6 without a critic. Compare the responses of a group.
 
     With R the sum of a response's rewards, and the mean over its group:
 
@@ -454,7 +454,7 @@ def ppo_loss(new_logprobs, old_logprobs, advantages, mask, clip):
 
 # ANCHOR: value_loss
 def value_loss(values, returns, mask):
-    """Step 7. The critic's mean squared error and its derivative.
+    """Step 7. The critic's squared error and its derivative.
 
     loss = mean over real tokens of (value - return)²
     d loss / d value = 2 (value - return) / n
@@ -472,7 +472,7 @@ def value_loss(values, returns, mask):
 
 # ANCHOR: actor_gradients
 def actor_gradients(actor, prompts, responses, old_logprobs, advantages, mask, clip):
-    """Step 7. Gradients of ppo_loss for the actor's parameters.
+    """Step 7. Gradients of ppo_loss for the actor's weights.
 
     Forward, loss, backward, with
     d loss / d logits = d_loss/d_new_logprob * (one-hot of the token - softmax(logits))
@@ -502,7 +502,7 @@ def actor_gradients(actor, prompts, responses, old_logprobs, advantages, mask, c
 
 # ANCHOR: critic_gradients
 def critic_gradients(critic, prompts, responses, returns, mask):
-    """Step 7. Gradients of value_loss for the critic's parameters.
+    """Step 7. Gradients of value_loss for the critic's weights.
 
     prompts (B, P), the others (B, T). Returns (gradients, loss): keyed like the
     parameters, scalar. Raises ValueError for shapes that differ or no real token.
@@ -524,12 +524,12 @@ def critic_gradients(critic, prompts, responses, returns, mask):
 
 # ANCHOR: adam_step
 def adam_step(params, gradients, state, learning_rate):
-    """Step 7. One Adam update, IN PLACE: changes params and state, returns None.
+    """Step 7. One Adam update, IN PLACE; returns None.
 
     m = 0.9 m + 0.1 g    v = 0.999 v + 0.001 g²    p -= rate * m̂ / (sqrt(v̂) + 1e-8)
 
-    with m̂ = m / (1 - 0.9^t) and v̂ = v / (1 - 0.999^t). params and gradients share
-    keys and shapes; state starts as {} and holds t, m and v.
+    with m̂ = m / (1 - 0.9^t) and v̂ = v / (1 - 0.999^t). Changes params and state: these
+    and gradients share keys and shapes; state starts as {} and holds t, m and v.
     Raises ValueError for shapes that differ.
     Source: Kingma & Ba 2015, algorithm 1.
     """
@@ -549,13 +549,13 @@ def adam_step(params, gradients, state, learning_rate):
 
 # ANCHOR: human_scores
 def human_scores(responses, mask, vocab_size):
-    """What the simulated human thinks of each response: the gold reward.
+    """What the human thinks of each response: the gold reward.
 
     (1 - |2 v - 1|) * distinct letters / letters, v the share of vowels among them
 
-    Best are words that mix vowels and consonants evenly and repeat no letter. Tokens
-    from 0 are a, b, ...; token V - 1 ends the word and is no letter. Training never
-    sees these scores.
+    The human is simulated: best are words that mix vowels and consonants evenly and
+    repeat no letter. Tokens from 0 are a, b, ...; token V - 1 ends the word and is no
+    letter. Training never sees these scores.
 
     responses, mask (B, T). Returns (B,) in [0, 1], 0 for an empty word.
     Source: the role of the gold reward model in Gao et al. 2023; the rule is ours.
@@ -569,13 +569,13 @@ def human_scores(responses, mask, vocab_size):
 
 # ANCHOR: collect_preferences
 def collect_preferences(reference, config, rng):
-    """Show the human two responses of the reference to each prompt, and let it choose.
+    """Let the human choose between two responses to each prompt.
 
     P(the first is chosen) = sigmoid(8 (human(first) - human(second)))
 
-    so that labels are noisy, as people's are. With N = config.preference_pairs, returns
-    (prompts, responses, mask) of 2 N rows: the chosen responses, then the rejected ones
-    in the same order; (2 N, P), (2 N, T), (2 N, T).
+    so that labels are noisy, as people's are. The reference writes both. With
+    N = config.preference_pairs, returns (prompts, responses, mask) of 2 N rows: the
+    chosen responses, then the rejected ones in the same order; (2 N, P), (2 N, T) both.
     Source: Bradley & Terry 1952; Christiano et al. 2017, section 2.2.
     """
     vocab_size, pairs = config.vocab_size, config.preference_pairs
@@ -594,7 +594,7 @@ def collect_preferences(reference, config, rng):
 
 # ANCHOR: preference_loss
 def preference_loss(chosen, rejected):
-    """How badly scores explain the human's choices: the Bradley-Terry loss.
+    """Bradley-Terry: how badly scores explain the choices.
 
     loss = mean of -log sigmoid(chosen - rejected)
     d loss / d chosen = -sigmoid(rejected - chosen) / n = -d loss / d rejected
@@ -613,7 +613,7 @@ def preference_loss(chosen, rejected):
 
 # ANCHOR: reward_gradients
 def reward_gradients(reward_model, prompts, responses, mask):
-    """Gradients of preference_loss for the reward model's parameters.
+    """Gradients of preference_loss for the reward model.
 
     prompts (2 N, P), responses, mask (2 N, T), the chosen first, as collect_preferences
     returns them. Returns (gradients, loss): keyed like the parameters, scalar. Raises
@@ -960,7 +960,8 @@ def attainable_gain(models, config, rng):
 LETTERS = "abcdefghijklmnopqrstuvwxyz."
 # Whose number it is, in the terminal's own colours; [n] marks nobody's, and all stand out from dim narration
 OWNERS = {"actor": "cyan", "critic": "magenta", "reward": "green", "reference": "bright_blue", "human": "red"}
-LEGEND = "  Colour says whose number it is: " + ", ".join(f"[{name}]{name}[/]" for name in OWNERS)
+LEGEND = ("  [actor]actor[/] writes, [critic]critic[/] predicts, [reward]reward[/] judges, "
+          "[reference]reference[/] stays, [human]human[/] decides")
 
 def make_console(**options):
     """A console at least 80 wide that prints text as it stands."""
@@ -1029,7 +1030,7 @@ def feedback_page(seen, config):
   Fresh pairs right: [reward]{right:.1%}[/] || of at most [human]{most:.1%}[/], choices being so noisy
 {table(["chosen", "human", "score", "", "rejected".ljust(16), "human", "score", ""], pairs)}\
     Scores have mean 0, deviation 1 over the reference's responses; the model is
-    frozen now. It never saw a human score, only which of two was chosen."""
+    frozen now. It saw only which of two was chosen. A . ends a word."""
 
 def step_pages(data, config):
     """The seven pages of the walk-through, each of the arrays that data holds by then."""
@@ -1056,26 +1057,26 @@ def step_pages(data, config):
     [...]: the first response's first tokens and last; mean: over all tokens."""
     del logits  # the largest array of all
     scores = data["scores"]
-    origin = "Here choices taught it, above." if config.readable else "Here it is random; --preset letters trains one."
+    origin = "learned from choices, above" if config.readable else "is random; --preset letters trains one on choices"
     yield f"""Step 3: Score responses ([reward]Reward Model[/])
   [dim]Reward model forward pass...[/]
   Scores: [reward]{listed(scores)}[/] || mean [reward]{fixed(scores.mean(), 3)}[/]
     Why one number a response: only a finished response can be judged.
-    {origin}"""
+    This reward model {origin}."""
     kl = data["kl"]
     error = kl[mask != 0].std() / np.count_nonzero(mask) ** 0.5
     mean, k1, k2, k3, exact = (fixed(real_mean(data[name], mask), 3) for name in ("kl", "k1", "k2", "k3", "exact_kl"))
     yield f"""Step 4: Compute KL penalty ([reference]Reference[/])
   [dim]Reference forward pass...[/]
   Reference log probs: [reference]{mask.shape}[/] || [reference]{preview("ref_logprobs")}[/]
-    KL is estimated by k1 = log p_actor - log p_reference of the sampled token,
-    or by k2 = k1²/2, or by k3 = exp(-k1) - 1 + k1.
+    KL: how far the actor has moved from the reference. Of the sampled token:
+    k1 = log p_actor - log p_reference, k2 = k1²/2, k3 = exp(-k1) - 1 + k1
   KL divergence per token: [reference]{kl.shape}[/] || [reference]{preview("kl")}[/]
   Mean KL: [reference]{mean}[/] || ± {error:.3f} (standard error) nats a token, {config.kl_estimator}
   By estimator: [reference]k1 {k1}, k2 {k2}, k3 {k3}[/]
   Exact KL: [reference]{exact}[/] || over all {config.vocab_size} tokens, at each position
     Why k1 is negative on {real_mean(data["k1"] < 0, mask):.0%} of the tokens: it looks at the sampled one only.
-    Its mean over many is the exact KL, which never is. As a reward only k1 has
+    Its mean over many is the exact KL, never below 0. As a reward only k1 has
     the gradient of the KL: with k2 or k3 in its place the actor drifts off."""
     totals, first, first_kl = data["total_rewards"], fixed(scores[0], 4), fixed(kl[0].sum(), 4)
     yield f"""Step 5: Compute total rewards
@@ -1091,7 +1092,8 @@ def step_pages(data, config):
   Values: [critic]{mask.shape}[/] || [critic]{preview("values")}[/]
   GAE advantages: [n]{mask.shape}[/] || [n]{preview("advantages")}[/]
 {whitened}\
-    GAE, generalized advantage estimation: how much better than expected.
+    Value: the reward expected from there on. GAE, generalized advantage
+    estimation: how much better than that each token turned out.
     δ[t] = reward[t] + γ value[t+1] - value[t]           γ = {config.gamma}, λ = {config.lam};
     advantage[t] = δ[t] + γ λ advantage[t+1]             all are 0 past the end
     Why whiten: the update must not grow with the scale of the scores."""
@@ -1120,7 +1122,7 @@ def step_pages(data, config):
     yield f"""Step 7: PPO update
   Ratio = exp(new_log_prob - old_log_prob)
   Clipped ratio: clip(ratio, {low}, {high})
-    actor loss = mean of -min(ratio * A, clipped ratio * A), A from step 6
+    actor loss = mean of -min(ratio * A, clipped ratio * A), A the last of step 6
 {returns if gae_used else ""}{table(["epoch", "ratio", "clipped", *(f"{name} loss" for name in names), ""], rows)}\
 {"".join(f"  {name.title()} loss: {text}" + chr(10) for name, text in last.items())}\
     clipped: tokens whose gain, and so gradient, the clip takes away: those with
@@ -1147,7 +1149,7 @@ def cost_page(models, config, arrays):
     largest = sorted(tensors.items(), key=lambda item: -item[0][2])[:5]
     largest = [(name, str(shape), size_of(size), ", ".join(owners)) for (name, shape, size), owners in largest]
     return f"""{table(["model", "parameters", "weights", "Adam's m, v", "forward", "backward", ""], rows)}
-{table(["largest tensors", "shape", "memory", "of each"], largest)}\
+{table(["largest tensors", "shape", "memory", "whose"], largest)}\
     forward, backward: passes over the batch; the actor's first is generation;
     not among the tensors: Adam's m and v, and what a step needs in passing"""
 
@@ -1225,7 +1227,7 @@ def training_page(config, history, texts):
         if human[-1] < human[0] and scores[-1] > scores[0]:
             low, high, first, peak, last = (fixed(x) for x in (scores[0], scores[-1], human[0], human.max(), human[-1]))
             notes += f"    Reward hacking: the score rose from {low} to {high}, the human's opinion went\n"
-            notes += f"    from {first} to {peak} and down to {last}: it is the model that likes the last.\n"
+            notes += f"    from {first} to {peak} and down to {last}: only the model likes the last words.\n"
     rows, quadratic = [], ((config.steps - 1) * np.linspace(0, 1, 10) ** 2).round()  # denser where most happens
     for step in sorted({*quadratic.astype(int), best} - {-1}):
         metrics = {name: values[step] for name, values in history.items()}
@@ -1246,7 +1248,7 @@ def course_page(console, config, history, gain):
         curves.append(("score - β KL", "n", steps, smooth(history["objective/rlhf_reward"]), 0))
     if gain:
         curves.append(("J*, its limit", "reference", steps[[0, -1]], np.full(2, gain["J_star"]), 0))
-    return f"The course of the training\n{chart(console, 'step', curves)}"
+    return f"The course of the training\n{chart(console, 'step, smoothed', curves)}"
 
 def share_of(gain):
     """The share with its standard error; a dash where what could be gained is lost in noise, "none" after a loss."""
@@ -1272,7 +1274,7 @@ def theory_page(gain, config):
 
 def comparison_page(console, runs):
     """The trainings side by side; runs holds (config, history, gain, responses) of each."""
-    rows, starts, owners = [], {}, {"score": "reward", "human": "human", "kl": "reference", "J": "n"}
+    rows, starts, owners = [], [], {"score": "reward", "human": "human", "kl": "reference", "J": "n"}
     for config, history, gain, texts in runs:
         if not gain:  # too dear at these sizes: the figures of the last step
             last = {"score": "scores", "kl": "kl", "J": "rlhf_reward"}
@@ -1281,10 +1283,10 @@ def comparison_page(console, runs):
         learners = 1 + (config.advantage == "gae")
         passes = f"{learners * (1 + config.ppo_epochs) + 2}+{learners * config.ppo_epochs}"
         rows.append([label_of(config), *numbers, share_of(gain), passes, f"[actor]{texts[-1]}[/]"])
-        starts[fixed(gain.get("J_start", np.nan))] = None
+        starts.append(gain.get("J_start", np.nan))
     page = f"""The same training, compared on fresh prompts
 {table(["", "score", "human", "KL", "J", "share", "passes", "a response"], rows)}\
-    J = score - β * KL, {" or ".join(starts)} at the start. share: of the gain in J that
+    J = score - β * KL, about {fixed(np.mean(starts))} at the start. share: of the gain in J that
     can be had at this β, at most, ± standard error. passes: forward+backward of
     all models in a step.
 """
@@ -1383,7 +1385,8 @@ def recipe(trainer, config):
         for name, _, value in (name.partition("=") for name in each.metadata["peers"][trainer].split()):
             if config.advantage == "gae" or not (name.startswith("critic") or each.name in ("gamma", "lam")):
                 lines.append(f"{before}{name}{after}{value.format(**derived) or getattr(config, each.name)}")
-    notes = ["MODEL, DATASET, REWARD_MODEL are yours to name; a real model wants a learning rate of about 1e-6", *notes]
+    notes = ["MODEL, DATASET, REWARD_MODEL are yours to name; a real model wants a learning rate of about 1e-6",
+             "what is not named here (optimizer, warm-up, gradient clipping) is as there by default", *notes]
     heading = f"# {version}, with its own settings for GPUs"
     return "\n".join([heading, " \\\n    ".join(lines), *(f"# {note}" for note in notes)])
 
