@@ -528,8 +528,8 @@ def adam_step(params, gradients, state, learning_rate):
 
     m = 0.9 m + 0.1 g    v = 0.999 v + 0.001 g²    p -= rate * m̂ / (sqrt(v̂) + 1e-8)
 
-    with m̂ = m / (1 - 0.9^t) and v̂ = v / (1 - 0.999^t). Changes params and state: these
-    and gradients share keys and shapes; state starts as {} and holds t, m and v.
+    with m̂ = m / (1 - 0.9^t) and v̂ = v / (1 - 0.999^t). Changes params and state. Keys
+    and shapes are those of gradients; state starts as {} and holds t, m and v.
     Raises ValueError for shapes that differ.
     Source: Kingma & Ba 2015, algorithm 1.
     """
@@ -1122,7 +1122,7 @@ def step_pages(data, config):
     yield f"""Step 7: PPO update
   Ratio = exp(new_log_prob - old_log_prob)
   Clipped ratio: clip(ratio, {low}, {high})
-    actor loss = mean of -min(ratio * A, clipped ratio * A), A the last of step 6
+    actor loss = mean of -min(ratio * A, clipped ratio * A), A: last of step 6
 {returns if gae_used else ""}{table(["epoch", "ratio", "clipped", *(f"{name} loss" for name in names), ""], rows)}\
 {"".join(f"  {name.title()} loss: {text}" + chr(10) for name, text in last.items())}\
     clipped: tokens whose gain, and so gradient, the clip takes away: those with
