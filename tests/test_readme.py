@@ -15,6 +15,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
 
@@ -71,7 +72,7 @@ def outputs(folder):
 
 # ------------------------------------------------------------------ numbers, each by its own tolerance
 
-NUMBER = re.compile(r"(?<![\w.])-?\d[\d,]*(?:\.\d+)?")
+NUMBER = re.compile(r"(?<![\w.])-?\d+(?:,\d{3})*(?:\.\d+)?")
 # of the columns of a training's tables: a share of the number, and at least so much
 SCORE, HUMAN, KL, J, SHARE = (0.05, 0.08), (0, 0.04), (0.05, 0.3), (0.02, 0.04), (0, 3)
 COLUMNS = {"step": (0, 0), "score": SCORE, "human": HUMAN, "KL": KL, "total": SCORE, "entropy": (0, 1.5)}
@@ -260,7 +261,6 @@ def test_what_the_critic_costs(capsys):
 
 
 def test_the_plot_and_the_names_of_what_is_saved(outputs, folder, monkeypatch):
-    matplotlib = pytest.importorskip("matplotlib")
     matplotlib.use("Agg")
     monkeypatch.chdir(folder)
     (block,) = PYTHON
