@@ -29,7 +29,7 @@ def copies(models):
 
 def steps_of(config, run=loop.core_loop, models=None):
     """For each step: the models before it, its arrays, and the models after it."""
-    models, rng = (models, np.random.default_rng(0)) if models else start(config)
+    models, rng = (models, np.random.default_rng(config.seed)) if models else start(config)
     steps, before, data = [], copies(models), {}
     for stage in run(models, config, rng):
         data.update(stage)
@@ -46,19 +46,28 @@ def walk(config):
     return step
 
 
-def history(config, models=None):
-    """The metrics of a training, each (steps,)."""
-    first, rng = start(config)
-    rows = [metrics for metrics, _ in loop.train(models or first, config, rng)]
-    return {name: np.array([row[name] for row in rows]) for name in rows[0]}
-
-
 def saved(folder, flags):
     """What a command saves."""
     path = folder / "run.npz"
     assert loop.main([*flags.split(), "--save", str(path)]) == 0
     with np.load(path) as arrays:
         return dict(arrays)
+
+
+def watch_generators(monkeypatch, *functions):
+    """The state of the generator that each call of these functions is handed, by the function's name."""
+    states = {name: [] for name in functions}
+
+    def watch(name, original):
+        def watching(models, config, rng):
+            states[name].append(rng.bit_generator.state["state"]["state"])
+            return original(models, config, rng)
+
+        monkeypatch.setattr(loop, name, watching)
+
+    for name in functions:
+        watch(name, getattr(loop, name))
+    return states
 
 
 def same(first, second):
@@ -70,7 +79,7 @@ def same(first, second):
 
 
 def test_the_models_start_from_one_backbone():
-    models, _ = start(replace(SMALL, drift=0.0))
+    models, _ = start(replace(SMALL, drift=np.float64(0)))
     for model in models:
         for weights in ("embed", "mix"):
             np.testing.assert_array_equal(model[weights], models.reference[weights])
@@ -369,10 +378,14 @@ def test_a_training_depends_on(what, tmp_path):
         assert (first[name] != other[name]).any()
 
 
-def test_a_fresh_batch_each_step_means_that_seeds_differ_in_every_step():
-    config = replace(SMALL, steps=3, drift=0.0)
-    runs = [history(replace(config, seed=seed))["objective/scores"] for seed in range(3)]
-    assert len({*np.concatenate(runs)}) == 9
+def test_all_that_is_random_in_the_loop_comes_from_the_given_generator():
+    """With the same models throughout, and a vocabulary of two in which there is but one prompt."""
+    for config, name in ((SMALL, "prompts"), (replace(SMALL, vocab_size=2, response_length=20), "responses")):
+        config, drawn = replace(config, steps=3, learning_rate=0.0, ppo_epochs=2, drift=0.0), []
+        for seed in (0, 1):
+            models, _ = start(config)
+            drawn += [data[name].tobytes() for _, data, _ in steps_of(replace(config, seed=seed), models=models)]
+        assert len({*drawn}) == 6
 
 
 # ------------------------------------------------------------------ divergence
@@ -462,18 +475,31 @@ def test_a_ratio_of_zero_leaves_the_metrics_finite():
 
 
 def test_no_penalty_is_zero_and_not_minus_zero():
-    penalties = history(replace(SMALL, beta=0.0))["objective/non_score_reward"]
-    assert not np.signbit(penalties).any()
+    config = replace(SMALL, beta=0.0)
+    models, rng = start(config)
+    [(metrics, _)] = loop.train(models, config, rng)
+    assert metrics["objective/kl"] > 0
+    assert not np.signbit(metrics["objective/non_score_reward"])
 
 
 # ------------------------------------------------------------------ learning from the human
 
 
-def test_only_where_tokens_are_letters_a_human_is_asked(tmp_path):
+def test_only_where_tokens_are_letters_a_human_is_asked(tmp_path, monkeypatch):
+    states = watch_generators(monkeypatch, "learn_from_human", "train", "attainable_gain")
     sizes = "--batch-size 4 --prompt-length 3 --response-length 3 --width 8 --preference-pairs 20 --steps 2"
-    kept = saved(tmp_path, f"{sizes} --vocab-size 27")
+    kept = saved(tmp_path, f"{sizes} --vocab-size 27 --beta 0.1")
     assert {"preferences/accuracy", "objective/human_scores"} <= kept.keys()
     assert 0 < kept["theory/human"] < 1
+    assert len({state for [state] in states.values()}) == 3  # what one draws is no other's
+    several = saved(tmp_path, f"{sizes} --vocab-size 27 --beta 1 0.1")  # one reward model for all
+    assert {name: len(each) for name, each in states.items()} == {
+        "learn_from_human": 2,
+        "train": 3,
+        "attainable_gain": 3,
+    }
+    for name in kept.keys() - {"config"}:
+        np.testing.assert_array_equal(several[name] if "preferences" in name else several[name][1], kept[name])
     kept = saved(tmp_path, f"{sizes} --vocab-size 26")
     assert not [name for name in kept if ("human" in name and name != "theory/human") or "preferences" in name]
     assert np.isnan(kept["theory/human"])
@@ -482,14 +508,19 @@ def test_only_where_tokens_are_letters_a_human_is_asked(tmp_path):
 def test_the_reward_model_is_judged_by_fresh_pairs(monkeypatch):
     config = loop.Config(vocab_size=27, prompt_length=3, response_length=5, preference_pairs=60)
     models, _ = start(config)
-    collected, original = [], loop.collect_preferences
+    collected, original, train = [], loop.collect_preferences, loop.train_reward_model
 
     def collect(reference, *rest):
         collected.append(original(reference, *rest))
         assert reference is models.reference
         return collected[-1]
 
+    def train_from_the_given_weights(reward_model, *rest):
+        assert reward_model is models.reward_model
+        return train(reward_model, *rest)
+
     monkeypatch.setattr(loop, "collect_preferences", collect)
+    monkeypatch.setattr(loop, "train_reward_model", train_from_the_given_weights)
     learned, seen = loop.learn_from_human(models, config, np.random.default_rng(0))
     training, fresh = collected
     assert [len(prompts) for prompts, _, _ in collected] == [2 * 60, 2 * 2048]
@@ -555,7 +586,7 @@ def test_theory_agrees_with_enumeration_and_training_gets_there(beta, monkeypatc
     for _ in loop.train(models, config, rng):
         pass
     monkeypatch.setattr(loop, "sample_prompts", lambda rng, size, *_: np.arange(size)[:, None] % 2)  # both as often
-    rows = [loop.attainable_gain(models, config, np.random.default_rng(seed)) for seed in range(4)]
+    rows = [loop.attainable_gain(models, config, np.random.default_rng(seed)) for seed in range(2)]
     reference, actor, best, score, kl = exact(models, beta)
     for name, value in (("J_start", reference), ("J", actor), ("J_star", best), ("score", score), ("kl", kl)):
         assert np.mean([gain[name] for gain in rows]) == pytest.approx(value, abs=0.02), name
@@ -585,7 +616,7 @@ def gains(config, seeds):
 
 @pytest.mark.parametrize("beta", [0.02, 0.5])
 def test_the_standard_error_of_a_share_is_its_spread_over_theories(beta):
-    seen = gains(replace(SMALL, prompt_length=2, response_length=3, beta=beta), range(15))
+    seen = gains(replace(SMALL, prompt_length=2, response_length=3, beta=beta), range(10))
     spread = seen["share"].std(ddof=1)
     assert 0.5 < seen["share_error"].mean() / spread < 2
     assert spread > 0.005
@@ -596,32 +627,76 @@ def test_where_nothing_is_at_stake_there_is_no_share():
     assert np.isfinite(gains(replace(SMALL, beta=0.1), range(3))["share"]).all()
 
 
+def theory_of_two_answers(monkeypatch, chances, stakes, beta):
+    """Theory where each of 32 prompts has two answers, that score stake and -stake: all can be written down.
+
+    The reference gives the better one in half of the cases, the actor with the chance that belongs to the prompt,
+    a multiple of a quarter. The human thinks 0.25 of the better one and 1 of the other.
+    """
+    config = replace(SMALL, vocab_size=27, beta=beta)
+    models, _ = start(config)
+    chances, stakes = np.resize(chances, 32), np.resize(stakes, 32)
+
+    def sample_prompts(rng, batch_size, *sizes):
+        assert sizes == (4, 27)
+        return np.arange(batch_size)[:, None]
+
+    def generate(policy, prompts, response_length, rng, eos_token, keep_logits):
+        assert (response_length, eos_token, keep_logits) == (5, 26, False)
+        better = 0.5 if policy is models.reference else chances[prompts]
+        answers = (np.arange(len(prompts))[:, None] % 4 >= 4 * better).astype(int)  # 0 is the better one
+        return answers, np.ones(answers.shape), None, None
+
+    def token_logprobs(model, prompts, answers):
+        better = 0.5 if model is models.reference else chances[prompts]
+        return np.log(np.where(answers == 0, better, 1 - better))
+
+    def score_responses(model, prompts, answers, mask):
+        assert model is models.reward_model
+        return stakes[prompts[:, 0]] * np.where(answers[:, 0] == 0, 1.0, -1.0)
+
+    def human_scores(answers, mask, vocab_size):
+        assert vocab_size == 27
+        assert mask.all()
+        return np.where(answers[:, 0] == 0, 0.25, 1.0)
+
+    for function in (human_scores, sample_prompts, generate, token_logprobs, score_responses):
+        monkeypatch.setattr(loop, function.__name__, function)
+    return loop.attainable_gain(models, config, None)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.2, 3.0])
+def test_theory_of_two_answers(beta, monkeypatch):
+    chances, stakes = np.tile([0.75, 0.5], 16), np.tile([1.0, 2.0, 1.0, 4.0], 8)
+    gain = theory_of_two_answers(monkeypatch, chances, stakes, beta)
+    score = stakes * (2 * chances - 1)
+    kl = chances * np.log(2 * chances) + (1 - chances) * np.log(2 * (1 - chances))
+    best = beta * np.log(np.cosh(stakes / beta)) if beta else stakes
+    share = (score - beta * kl).mean() / best.mean()
+    error = (score - beta * kl - share * best).std(ddof=1) / 32**0.5 / best.mean()
+    expected = {"J_start": 0 * score, "score": score, "kl": kl, "J": score - beta * kl, "J_star": best}
+    expected |= {"share": share, "share_error": error, "human": 1 - 0.75 * chances}
+    for name, value in expected.items():
+        assert gain[name] == pytest.approx(np.mean(value), rel=1e-9, abs=1e-9), name
+
+
+def test_a_share_that_is_the_same_for_every_prompt_has_no_error(monkeypatch):
+    gain = theory_of_two_answers(monkeypatch, chances=0.75, stakes=[1.0, 2.0, 3.0], beta=0.0)
+    assert gain["share"] == pytest.approx(0.5)
+    assert gain["share_error"] == pytest.approx(0, abs=1e-9)
+
+
 @pytest.mark.parametrize("prompts_at_stake, certain", [(7, False), (8, True), (32, True)])
 def test_a_share_is_shown_where_the_stake_is_three_standard_errors(prompts_at_stake, certain, monkeypatch):
-    """k of 32 prompts have responses that score 1 and -1, the others only 0: mean² / error² is 31 k / (32 - k)."""
-
-    def score(model, prompts, *_):
-        return np.where(prompts[:, 0] < prompts_at_stake, (-1.0) ** np.arange(len(prompts)), 0.0)
-
-    monkeypatch.setattr(loop, "sample_prompts", lambda rng, size, *_: np.arange(size)[:, None])
-    monkeypatch.setattr(loop, "generate", lambda actor, prompts, *_: (prompts, np.ones(prompts.shape), None, None))
-    monkeypatch.setattr(loop, "token_logprobs", lambda model, prompts, _: np.zeros(prompts.shape))
-    monkeypatch.setattr(loop, "score_responses", score)
-    gain = loop.attainable_gain(start(SMALL)[0], replace(SMALL, beta=0.0), None)
+    """Where k of 32 prompts have something at stake, and all the same, (mean / error)² is 31 k / (32 - k)."""
+    gain = theory_of_two_answers(monkeypatch, 0.5, np.arange(32) < prompts_at_stake, beta=0.0)
     assert gain["J_star"] == pytest.approx(prompts_at_stake / 32)
-    assert gain["J"] == gain["J_start"] == pytest.approx(0)
     assert gain["share"] == 0 if certain else np.isnan(gain["share"])
 
 
 def test_theory_has_random_numbers_of_its_own(tmp_path, monkeypatch):
     """Training does not change with it, and it does not change with what training drew."""
-    states, original = [], loop.attainable_gain
-
-    def watch(models, config, rng):
-        states.append(rng.bit_generator.state["state"]["state"])
-        return original(models, config, rng)
-
-    monkeypatch.setattr(loop, "attainable_gain", watch)
+    states = watch_generators(monkeypatch, "attainable_gain")["attainable_gain"]
     alone = saved(tmp_path, f"{FLAGS} --advantage rloo")
     both = saved(tmp_path, f"{FLAGS} --advantage gae rloo")  # the first draws more prompts
     saved(tmp_path, f"{FLAGS} --seed 1")
