@@ -1344,7 +1344,7 @@ def show_source(console, name):
 
 # ------------------------------------------------------------------ 9. the command line
 
-LETTERS_PRESET = {"vocab_size": 27, "batch_size": 64, "prompt_length": 8, "response_length": 16, "beta": [0.2]}
+LETTERS_PRESET = {"vocab_size": 27, "batch_size": 64, "prompt_length": 8, "response_length": 16, "beta": 0.2}
 PRESETS, EXPORTS = {"gpt2": {}, "letters": LETTERS_PRESET}, [".svg", ".html", ".txt"]
 
 # Of each trainer: version, command, what stands before and after a name, what it has to be told besides, and what it
@@ -1410,10 +1410,10 @@ def read_command_line(argv):
     add("--recipe", choices=RECIPES, help="print the command that starts the same experiment in that trainer")
     options = parser.parse_args(argv)
     given = {each.name: value for each in fields(Config) if (value := getattr(options, each.name)) is not None}
-    settings = {"beta": [Config.beta], "advantage": [Config.advantage], **PRESETS[options.preset], **given}
+    settings = {"beta": Config.beta, "advantage": Config.advantage, **PRESETS[options.preset], **given}
     if settings.get("steps", 1) > 1:
         settings.setdefault("drift", 0.0)  # training starts from the reference
-    betas, advantages = settings.pop("beta"), settings.pop("advantage")
+    betas, advantages = (x if isinstance(x, list) else [x] for x in (settings.pop("beta"), settings.pop("advantage")))
     try:
         configs = [Config(**settings, beta=beta, advantage=advantage) for beta in betas for advantage in advantages]
     except ValueError as problem:
