@@ -964,20 +964,18 @@ LEGEND = ("  [actor]actor[/] writes, [critic]critic[/] predicts, [reward]reward[
           "[reference]reference[/] stays, [human]human[/] decides")
 
 def make_console(**options):
-    """A console at least 80 wide that prints text as it stands."""
+    """A console that prints text as it stands, in the owners' colours."""
     theme = Theme({name: f"not dim {style}" for name, style in {**OWNERS, "n": "bold"}.items()})
     system = None if os.environ.get("NO_COLOR") else "auto"  # rich alone would keep bold and dim
-    console = Console(color_system=system, highlight=False, emoji=False, theme=theme, **options)
-    console.width = max(80, console.width)
-    return console
+    return Console(color_system=system, highlight=False, emoji=False, theme=theme, **options)
 
 def show(console, page):
     """Print a page and a blank line: titles without indent (bold), narration with four spaces (dim), nothing wrapped.
 
-    In other lines [actor]3[/] is the actor's number, and what follows a || is a dim note beside it.
+    In other lines [actor]3[/] is the actor's number, and what follows a tab is a dim note beside it.
     """
     for line in page.splitlines():
-        line, _, note = line.partition(" || ")
+        line, _, note = line.partition("\t")
         if line.startswith("    ") and "[/]" not in line:
             text = Text(line, style="dim")
         else:
@@ -1010,7 +1008,10 @@ def listed(values, most=4, between=", ", form=fixed):
 
 def text_of(tokens, config):
     """Tokens as letters where the vocabulary has 27, as numbers elsewhere."""
-    return "".join(LETTERS[token] for token in tokens) if config.readable else listed(tokens, 3, " ", str)
+    if not config.readable:
+        return listed(tokens, 3, " ", str)
+    text = "".join(LETTERS[token] for token in tokens)
+    return text if len(text) <= 16 else f"{text[:15]}…"
 
 def size_of(size):
     """Bytes as text."""
@@ -1024,10 +1025,10 @@ def feedback_page(seen, config):
     pairs = [chosen + rejected for chosen, rejected in zip(cells[:3], cells[len(cells) // 2 :])]
     first, last, right, most = seen["losses"][0], seen["losses"][-20:].mean(), seen["accuracy"], seen["best_accuracy"]
     return f"""Before the loop: [human]human[/] feedback, and a [reward]reward[/] model that learns from it
-  Preference pairs: [human]{config.preference_pairs}[/] || the human likes vowels mixed evenly with
+  Preference pairs: [human]{config.preference_pairs}[/]\tthe human likes vowels mixed evenly with
                                       consonants, no letter twice, and may err
-  Reward model loss: [reward]{first:.3f} -> {last:.3f}[/] || of -log sigmoid(chosen - rejected)
-  Fresh pairs right: [reward]{right:.1%}[/] || of at most [human]{most:.1%}[/], choices being so noisy
+  Reward model loss: [reward]{first:.3f} -> {last:.3f}[/]\tof -log sigmoid(chosen - rejected)
+  Fresh pairs right: [reward]{right:.1%}[/]\tof at most [human]{most:.1%}[/], choices being so noisy
 {table(["chosen", "human", "score", "", "rejected".ljust(16), "human", "score", ""], pairs)}\
     Scores have mean 0, deviation 1 over the reference's responses; the model is
     frozen now. It saw only which of two was chosen. A . ends a word."""
@@ -1044,15 +1045,15 @@ def step_pages(data, config):
     group = f"    Each prompt stands {config.group_size} times: a group of responses to compare.\n"
     yield f"""Step 1: Sample prompts
   Batch size: [n]{len(prompts)}[/]
-  Prompt shapes: [n]{prompts.shape}[/] tokens || [n]{text_of(prompts[0], config)}[/]
+  Prompt shapes: [n]{prompts.shape}[/] tokens\t[n]{text_of(prompts[0], config)}[/]
 {"" if gae_used else group}\
     Why only prompts: the actor writes its own training data, in step 2."""
     responses, mask, logits = data["responses"], data["mask"], data["logits"]
     yield f"""Step 2: Generate responses ([actor]Actor[/])
   [dim]Actor forward pass...[/]
-  Generated tokens: [actor]{mask.shape}[/] || [actor]{text_of(responses[0][mask[0] != 0], config)}[/]
-  Actor logits: [actor]{logits.shape}[/] || [actor]{size_of(logits.nbytes)}[/]; training keeps only slices
-  Old log probs: [actor]{mask.shape}[/] || [actor]{preview("old_logprobs")}[/]
+  Generated tokens: [actor]{mask.shape}[/]\t[actor]{text_of(responses[0][mask[0] != 0], config)}[/]
+  Actor logits: [actor]{logits.shape}[/]\t[actor]{size_of(logits.nbytes)}[/]; training keeps only slices
+  Old log probs: [actor]{mask.shape}[/]\t[actor]{preview("old_logprobs")}[/]
     Why "old": they stay as they are while step 7 changes the actor.
     [...]: the first response's first tokens and last; mean: over all tokens."""
     del logits  # the largest array of all
@@ -1060,7 +1061,7 @@ def step_pages(data, config):
     origin = "learned from choices, above" if config.readable else "is random; --preset letters trains one on choices"
     yield f"""Step 3: Score responses ([reward]Reward Model[/])
   [dim]Reward model forward pass...[/]
-  Scores: [reward]{listed(scores)}[/] || mean [reward]{fixed(scores.mean(), 3)}[/]
+  Scores: [reward]{listed(scores)}[/]\tmean [reward]{fixed(scores.mean(), 3)}[/]
     Why one number a response: only a finished response can be judged.
     This reward model {origin}."""
     kl = data["kl"]
@@ -1068,29 +1069,29 @@ def step_pages(data, config):
     mean, k1, k2, k3, exact = (fixed(real_mean(data[name], mask), 3) for name in ("kl", "k1", "k2", "k3", "exact_kl"))
     yield f"""Step 4: Compute KL penalty ([reference]Reference[/])
   [dim]Reference forward pass...[/]
-  Reference log probs: [reference]{mask.shape}[/] || [reference]{preview("ref_logprobs")}[/]
+  Reference log probs: [reference]{mask.shape}[/]\t[reference]{preview("ref_logprobs")}[/]
     KL: how far the actor has moved from the reference. Of the sampled token:
     k1 = log p_actor - log p_reference, k2 = k1²/2, k3 = exp(-k1) - 1 + k1
-  KL divergence per token: [reference]{kl.shape}[/] || [reference]{preview("kl")}[/]
-  Mean KL: [reference]{mean}[/] || ± {error:.3f} (standard error) nats a token, {config.kl_estimator}
+  KL divergence per token: [reference]{kl.shape}[/]\t[reference]{preview("kl")}[/]
+  Mean KL: [reference]{mean}[/]\t± {error:.3f} (standard error) nats a token, {config.kl_estimator}
   By estimator: [reference]k1 {k1}, k2 {k2}, k3 {k3}[/]
-  Exact KL: [reference]{exact}[/] || over all {config.vocab_size} tokens, at each position
+  Exact KL: [reference]{exact}[/]\tover all {config.vocab_size} tokens, at each position
     Why k1 is negative on {real_mean(data["k1"] < 0, mask):.0%} of the tokens: it looks at the sampled one only.
     Its mean over many is the exact KL, never below 0. As a reward only k1 has
     the gradient of the KL: with k2 or k3 in its place the actor drifts off."""
     totals, first, first_kl = data["total_rewards"], fixed(scores[0], 4), fixed(kl[0].sum(), 4)
     yield f"""Step 5: Compute total rewards
-  reward = reward_model_score - β * KL || β = [n]{config.beta}[/]
-  Total rewards: [n]{listed(totals)}[/] || per response, mean [n]{fixed(totals.mean(), 3)}[/]
+  reward = reward_model_score - β * KL\tβ = [n]{config.beta}[/]
+  Total rewards: [n]{listed(totals)}[/]\tper response, mean [n]{fixed(totals.mean(), 3)}[/]
     The first: {first} - {config.beta} * {first_kl} = {fixed(totals[0])}, KL summed over its tokens.
     Why the score sits on the last token: nothing before it was judged. Token by
     token: {listed(data["rewards"][0][mask[0] != 0])}, each -β * KL, the last + score."""
-    whitened = "" if config.advantage == "grpo" else f"  Whitened: [n]{mask.shape}[/] || [n]{preview('whitened')}[/]\n"
+    whitened = "" if config.advantage == "grpo" else f"  Whitened: [n]{mask.shape}[/]\t[n]{preview('whitened')}[/]\n"
     if gae_used:
         yield f"""Step 6: Compute advantages ([critic]Critic[/] + GAE)
   [dim]Critic forward pass...[/]
-  Values: [critic]{mask.shape}[/] || [critic]{preview("values")}[/]
-  GAE advantages: [n]{mask.shape}[/] || [n]{preview("advantages")}[/]
+  Values: [critic]{mask.shape}[/]\t[critic]{preview("values")}[/]
+  GAE advantages: [n]{mask.shape}[/]\t[n]{preview("advantages")}[/]
 {whitened}\
     Value: the reward expected from there on. GAE, generalized advantage
     estimation: how much better than that each token turned out.
@@ -1103,9 +1104,9 @@ def step_pages(data, config):
         rloo = f"R - mean of the others' R = {first} - ({others})"
         grpo = f"(R - mean) / deviation = ({first} - ({mean})) / {fixed(totals.std(ddof=1), 4)}"
         yield f"""Step 6: Compute advantages ({config.advantage}, no critic)
-  Group advantages: [n]{mask.shape}[/] || [n]{preview("advantages")}[/]
+  Group advantages: [n]{mask.shape}[/]\t[n]{preview("advantages")}[/]
   Total rewards R of group 1: [n]{listed(totals, 8)}[/]
-  Its advantages: [n]{listed(advantages, 8)}[/] || one for all tokens of a response
+  Its advantages: [n]{listed(advantages, 8)}[/]\tone for all tokens of a response
 {whitened}\
     The first: {grpo if config.advantage == "grpo" else rloo} = {fixed(advantages[0])}.
     Why a group: what else was written to the same prompt says what was to be
@@ -1118,7 +1119,7 @@ def step_pages(data, config):
     returns = """    critic loss = mean of (value - return)², where return = advantage + value is
     the reward still to come from there
 """
-    last = {name: f"[{name}]{fixed(data[f'{name}_loss'][-1], 3)}[/] || before the last update" for name in names}
+    last = {name: f"[{name}]{fixed(data[f'{name}_loss'][-1], 3)}[/]\tbefore the last update" for name in names}
     yield f"""Step 7: PPO update
   Ratio = exp(new_log_prob - old_log_prob)
   Clipped ratio: clip(ratio, {low}, {high})
@@ -1143,7 +1144,7 @@ def cost_page(models, config, arrays):
         if owner in ("reward", "reference"):
             cells = ["-", "1", "0", "frozen"]
         cells = [f"[{owner}]{owner}[/]", f"{size // 4:,}", size_of(size), *cells]
-        rows.append(cells if model else [*cells[:-1], "saved: no critic"])
+        rows.append(cells if model else [*cells[:-1], "no critic"])
         for each in weights if model else []:
             tensors.setdefault(each, []).append(cells[0])
     largest = sorted(tensors.items(), key=lambda item: -item[0][2])[:5]
@@ -1189,7 +1190,7 @@ def chart(console, x_label, curves, x_text="{:.0f}".format, width=58, height=12)
     left, right = every_x.min(), every_x.max()
     sides = [np.concatenate([y for *_, y, at in curves if at == side]) for side in sorted({at for *_, at in curves})]
     for mark, (_, owner, x, y, side) in zip(marks, curves):
-        along = np.linspace(0, len(x) - 1, 4 * width)  # points on the line from value to value
+        along = np.linspace(0, len(x) - 1, 1 + width * (len(x) - 1))  # on the line from each value to the next
         x, y = (np.interp(along, np.arange(len(each)), each) for each in (x, y))
         columns = (x - left) / (right - left or 1) * (width - 1)
         rows = (sides[side].max() - y) / (np.ptp(sides[side]) or 1) * (height - 1)
@@ -1259,13 +1260,13 @@ def theory_page(gain, config):
     """Where training stands against the best that any policy can reach."""
     if not gain:
         return "    No comparison with theory: at these sizes it would cost more than it tells."
-    lost = np.isnan(gain["share"])
-    most, why = ("", "lost in noise: the gain at stake is too small") if lost else ("at most ", "± its standard error")
+    most = "at most " if gain["share"] >= 0 else ""
+    why = "lost in noise: the gain at stake is too small" if np.isnan(gain["share"]) else "± its standard error"
     score, kl = f"[reward]{fixed(gain['score'], 3)}[/]", f"[reference]{fixed(gain['kl'], 3)}[/]"
     page = f"""Against theory: J = score - β * KL per response, on fresh prompts
-  J {"of the reference" if config.drift else "at the start"}: [n]{fixed(gain["J_start"], 3)}[/] || the reference's score
-  J now: [n]{fixed(gain["J"], 3)}[/] || {score} - {config.beta} * {kl}
-  J*: at least [n]{fixed(gain["J_star"], 3)}[/] || no policy exceeds J*; estimated from below
+  J {"of the reference" if config.drift else "at the start"}: [n]{fixed(gain["J_start"], 3)}[/]\tthe reference's score
+  J now: [n]{fixed(gain["J"], 3)}[/]\t{score} - {config.beta} * {kl}
+  J*: at least [n]{fixed(gain["J_star"], 3)}[/]\tno policy exceeds J*; estimated from below
   Share of the attainable gain: {most}[n]{share_of(gain)}[/]
     (J - start) / (J* - start), {why}"""
     if config.gamma < 1 and config.advantage == "gae":
@@ -1284,7 +1285,7 @@ def comparison_page(console, runs):
         passes = f"{learners * (1 + config.ppo_epochs) + 2}+{learners * config.ppo_epochs}"
         rows.append([label_of(config), *numbers, share_of(gain), passes, f"[actor]{texts[-1]}[/]"])
         starts.append(gain.get("J_start", np.nan))
-    page = f"""The same training, compared on fresh prompts
+    page = f"""The same training, compared{" on fresh prompts" if runs[0][2] else ""}
 {table(["", "score", "human", "KL", "J", "share", "passes", "a response"], rows)}\
     J = score - β * KL, about {fixed(np.mean(starts))} at the start. share: of the gain in J that
     can be had at this β, at most, ± standard error. passes: forward+backward of
@@ -1313,18 +1314,22 @@ def make_progress(label, steps):
 
 def source_of(name):
     """Source of a function of this file, after the functions, classes and constants that it needs: ready to run."""
-    names, wanted, found = list(globals()), [name], {}
+    names, wanted, found = list(globals()), [name], {"np": "import numpy as np\n\n"}
+    text = Path(__file__).read_text(encoding="utf-8")
     while wanted:
         value = globals()[each := wanted.pop()]
-        if getattr(value, "__module__", None) == __name__ and each not in found:
+        if each in found or each.startswith("__"):
+            continue
+        assigned = re.search(rf"^(?:\w+, )*{each}(?:, \w+)* = .*\n(?:[ }}].*\n)*", text, re.MULTILINE)
+        if getattr(value, "__module__", None) == __name__:
             found[each] = inspect.getsource(value)
-            parts = ast.walk(ast.parse(found[each]))
-            wanted += [part.id for part in parts if isinstance(part, ast.Name) and part.id in names]
-        elif isinstance(value, int | str | dict):
-            found[each] = f"{each} = {value!r}\n"
-        elif each not in found and each != "np":
+        elif assigned:
+            found[each] = assigned[0]
+        else:
             found[each] = f"from {value.__module__} import {each}\n" if callable(value) else f"import {each}\n"
-    return "import numpy as np\n\n" + "\n".join(found[each] for each in sorted(found, key=names.index))
+        parts = ast.walk(ast.parse(found[each]))
+        wanted += [part.id for part in parts if isinstance(part, ast.Name) and part.id in names]
+    return "\n".join(dict.fromkeys(found[each] for each in ["np", *sorted(found, key=names.index)]))
 
 def show_source(console, name):
     """Print a function, ready to paste; without a name the list of those that a chapter can include."""
@@ -1440,12 +1445,14 @@ def problems(options, configs):
             yield f"{flag}: {str(path)!r} does not end in {' or '.join(kinds)}"
         if path and (path.is_dir() or not os.access(path.parent, os.W_OK)):
             yield f"{flag}: {str(path)!r} cannot be written; its folder has to be there and writable"
-    tokens, weights = config.batch_size * config.response_length, config.width * (config.vocab_size + config.width)
-    logits = 0 if training else tokens * config.vocab_size
-    needed = 4 * (logits + 20 * weights + 16 * tokens * config.width + 32 * config.steps * len(configs))
+    weights, logits = config.width * (config.vocab_size + config.width), config.response_length * config.vocab_size
+    texts = max(16 * config.batch_size, 10 * config.preference_pairs * config.readable)  # with what a pass holds of them
+    states = texts * (config.prompt_length + config.response_length) * config.width
+    kept = 32 * config.steps * len(configs) if training else config.batch_size * logits
+    needed = 4 * (20 * weights + states + kept)
     available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
     if needed > available:
-        flags = "--batch-size, --response-length, --vocab-size, --width"
+        flags = "--batch-size, --response-length, --vocab-size, --width" + ", --preference-pairs, --steps" * training
         yield f"{flags}: {needed // 10**9:,} GB are needed, of {available // 10**9} GB of memory"
 
 def start(console, config, kept, reward_model=None):

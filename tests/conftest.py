@@ -123,9 +123,19 @@ def shown(flags, folder, code=0):
         return output.getvalue(), {name: arrays[name] for name in arrays}
 
 
+class Number(float):
+    """A printed number, which knows how many decimals it has."""
+
+    def __new__(cls, text):
+        text = text.strip().replace(",", "")
+        self = super().__new__(cls, text)
+        self.decimals = len(text.partition(".")[2])
+        return self
+
+
 def numbers(text):
     """All numbers of a text."""
-    return [float(number.replace(",", "")) for number in re.findall(r"-?\d+(?:,\d{3})*(?:\.\d+)?", text)]
+    return [Number(number) for number in re.findall(r"-?\d+(?:,\d{3})*(?:\.\d+)?", text)]
 
 
 def after(text, start):
@@ -150,5 +160,5 @@ def owned(line):
 
 
 def rounds(printed, value, digits):
-    """Whether a number is printed as that value with that many digits."""
-    return abs(printed - value) <= 0.5000001 * 10**-digits + 1e-6 * abs(value)
+    """Whether a printed Number is that value, rounded to that many decimals."""
+    return printed.decimals == digits and abs(printed - value) <= 0.5000001 * 10**-digits + 1e-6 * abs(value)

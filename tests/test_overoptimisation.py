@@ -9,7 +9,7 @@ import pytest
 import rlhf_loop_pseudo as loop
 
 LETTERS = {**loop.PRESETS["letters"], "steps": 200, "drift": 0.0, "seed": 0}
-[BETA] = LETTERS.pop("beta")
+BETA = LETTERS.pop("beta")
 RUNS = {"greedy": (0.0, "gae"), "gae": (BETA, "gae"), "rloo": (BETA, "rloo"), "grpo": (BETA, "grpo")}
 
 
