@@ -1446,7 +1446,7 @@ def problems(options, configs):
         if path and (path.is_dir() or not os.access(path.parent, os.W_OK)):
             yield f"{flag}: {str(path)!r} cannot be written; its folder has to be there and writable"
     weights, logits = config.width * (config.vocab_size + config.width), config.response_length * config.vocab_size
-    texts = max(16 * config.batch_size, 10 * config.preference_pairs * config.readable)  # with what a pass holds of them
+    texts = max(16 * config.batch_size, 10 * config.preference_pairs * config.readable)  # with what a pass needs
     states = texts * (config.prompt_length + config.response_length) * config.width
     kept = 32 * config.steps * len(configs) if training else config.batch_size * logits
     needed = 4 * (20 * weights + states + kept)
