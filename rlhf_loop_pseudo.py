@@ -664,6 +664,23 @@ def train_reward_model(reward_model, prompts, responses, mask, rng):
     return reward_model, np.array(losses)
 # ANCHOR_END: train_reward_model
 
+def learn_from_human(models, config, rng):
+    """All of the above, judged by fresh pairs. Returns the models, the reward model now trained, and what was seen.
+
+    accuracy is the share of fresh pairs in which the model agrees with the choice; best_accuracy that in which the
+    human's own opinion does: choices are noisy, and no scorer can expect more.
+    """
+    preferences = collect_preferences(models.reference, config, rng)
+    reward_model, losses = train_reward_model(models.reward_model, *preferences, rng)
+    prompts, responses, mask = collect_preferences(models.reference, replace(config, preference_pairs=2048), rng)
+    scores = score_responses(reward_model, prompts, responses, mask)
+    human = human_scores(responses, mask, config.vocab_size)
+    seen = {"losses": losses, "responses": responses, "mask": mask, "scores": scores, "human": human}
+    for name, opinion in (("accuracy", scores), ("best_accuracy", human)):
+        chosen, rejected = np.split(opinion, 2)
+        seen[name] = np.mean(chosen > rejected) + np.mean(chosen == rejected) / 2
+    return models._replace(reward_model=reward_model), seen
+
 # ------------------------------------------------------------------ 6. the models and their gradients
 
 class Models(NamedTuple):
@@ -890,23 +907,6 @@ def step_metrics(data, config, step):
     if config.readable:
         metrics["objective/human_scores"] = human_scores(data["responses"], mask, config.vocab_size).mean()
     return metrics
-
-def learn_from_human(models, config, rng):
-    """Section 5, judged by fresh pairs. Returns the models, the reward model now a trained one, and what was seen.
-
-    accuracy is the share of fresh pairs in which the model agrees with the choice; best_accuracy that in which the
-    human's own opinion does: choices are noisy, and no scorer can expect more.
-    """
-    preferences = collect_preferences(models.reference, config, rng)
-    reward_model, losses = train_reward_model(models.reward_model, *preferences, rng)
-    prompts, responses, mask = collect_preferences(models.reference, replace(config, preference_pairs=2048), rng)
-    scores = score_responses(reward_model, prompts, responses, mask)
-    human = human_scores(responses, mask, config.vocab_size)
-    seen = {"losses": losses, "responses": responses, "mask": mask, "scores": scores, "human": human}
-    for name, opinion in (("accuracy", scores), ("best_accuracy", human)):
-        chosen, rejected = np.split(opinion, 2)
-        seen[name] = np.mean(chosen > rejected) + np.mean(chosen == rejected) / 2
-    return models._replace(reward_model=reward_model), seen
 
 THEORY_PROMPTS, THEORY_RESPONSES = 32, 128  # for each policy; more no longer changes the printed share
 
