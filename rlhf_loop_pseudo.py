@@ -747,20 +747,20 @@ def backbone(model, tokens):
     tokens (B, S) int. Returns (hidden, context), (B, S, D) both.
     """
     x = model["embed"][tokens]  # (B, S) -> (B, S, D)
-    context = np.cumsum(x, axis=1) / position_roots(x)
+    context = uniform_attention(x) @ x  # (S, S) @ (B, S, D)
     return np.tanh(x + context @ model["mix"]), context
 
 def backbone_gradients(model, tokens, hidden, context, d_hidden):
     """Gradients of a loss with respect to embed and mix, given d_hidden = d loss / d hidden (B, S, D)."""
     d_before = d_hidden * (1 - hidden**2)  # through tanh
     d_mix = np.einsum("bsd,bse->de", context, d_before, optimize=True)
-    d_sums = d_before @ model["mix"].T / position_roots(hidden)  # through mix and the root
-    d_x = d_before + np.cumsum(d_sums[:, ::-1], axis=1)[:, ::-1]  # x[t] is in the sum of every later position
+    d_x = d_before + uniform_attention(hidden).T @ (d_before @ model["mix"].T)
     return {"embed": sum_by_token(tokens, d_x, len(model["embed"])), "mix": d_mix}
 
-def position_roots(x):
-    """sqrt(t + 1) for each position t of x (B, S, D). Returns (S, 1)."""
-    return np.sqrt(np.arange(1, x.shape[1] + 1, dtype=x.dtype))[:, None]
+def uniform_attention(x):
+    """The weights with which position t attends to position s of x (B, S, D): 1 / sqrt(t + 1) up to t. (S, S)."""
+    positions = np.arange(1, x.shape[1] + 1, dtype=x.dtype)
+    return np.tri(len(positions), dtype=x.dtype) / np.sqrt(positions)[:, None]
 
 def log_softmax(logits):
     """log(exp(logits) / Σ exp(logits)) over the last axis, in a form that cannot overflow."""
@@ -1447,9 +1447,9 @@ def problems(options, configs):
             yield f"{flag}: {str(path)!r} cannot be written; its folder has to be there and writable"
     weights, logits = config.width * (config.vocab_size + config.width), config.response_length * config.vocab_size
     texts = max(16 * config.batch_size, 10 * config.preference_pairs * config.readable)  # with what a pass needs
-    states = texts * (config.prompt_length + config.response_length) * config.width
+    length = config.prompt_length + config.response_length
     kept = 32 * config.steps * len(configs) if training else config.batch_size * logits
-    needed = 4 * (20 * weights + states + kept)
+    needed = 4 * (20 * weights + texts * length * config.width + 3 * length**2 + kept)
     available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
     if needed > available:
         flags = "--batch-size, --response-length, --vocab-size, --width" + ", --preference-pairs, --steps" * training
