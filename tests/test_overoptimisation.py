@@ -10,7 +10,14 @@ import rlhf_loop_pseudo as loop
 
 LETTERS = {**loop.PRESETS["letters"], "steps": 200, "drift": 0.0, "seed": 0}
 BETA = LETTERS.pop("beta")
-RUNS = {"greedy": (0.0, "gae"), "gae": (BETA, "gae"), "rloo": (BETA, "rloo"), "grpo": (BETA, "grpo")}
+RUNS = {
+    "greedy": {"beta": 0.0},
+    "gae": {"beta": BETA},
+    "rloo": {"beta": BETA, "advantage": "rloo"},
+    "grpo": {"beta": BETA, "advantage": "grpo"},
+    "k2": {"beta": BETA, "kl_estimator": "k2"},
+    "k3": {"beta": BETA, "kl_estimator": "k3"},
+}
 
 
 def learned_reward_model():
@@ -21,13 +28,13 @@ def learned_reward_model():
     return models.reward_model
 
 
-def train(reward_model, beta, advantage):
+def train(reward_model, settings):
     """Metrics, each (steps,), the words that came first in their batches, and theory at the end, if KL has a price."""
-    config = loop.Config(**LETTERS, beta=beta, advantage=advantage)
+    config = loop.Config(**LETTERS, **settings)
     rng = np.random.default_rng(config.seed)
     models = loop.init_models(config, rng)._replace(reward_model=reward_model)
     metrics, words = zip(*loop.train(models, config, rng))
-    gain = loop.attainable_gain(models, config, np.random.default_rng([config.seed, 2])) if beta else {}
+    gain = loop.attainable_gain(models, config, np.random.default_rng([config.seed, 2])) if config.beta else {}
     return {name: np.array([each[name] for each in metrics]) for name in metrics[0]}, words, gain
 
 
@@ -36,7 +43,7 @@ def runs():
     """All trainings, two at a time."""
     reward_model = learned_reward_model()
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
-        futures = {name: pool.submit(train, reward_model, *settings) for name, settings in RUNS.items()}
+        futures = {name: pool.submit(train, reward_model, settings) for name, settings in RUNS.items()}
         return {name: future.result() for name, future in futures.items()}
 
 
@@ -84,3 +91,11 @@ def test_without_a_critic_it_gets_as_far(runs, advantage):
     (_, _, with_critic), (metrics, _, gain) = runs["gae"], runs[advantage]
     assert gain["share"] == pytest.approx(with_critic["share"], abs=0.03)
     assert "loss/value_avg" not in metrics
+
+
+@pytest.mark.parametrize("estimator", ["k2", "k3"])
+def test_as_a_reward_other_estimators_do_not_hold_the_actor(runs, estimator):
+    (_, _, k1), (_, _, other) = runs["gae"], runs[estimator]
+    assert other["kl"] > 1.8 * k1["kl"]
+    assert other["J"] < k1["J"] - 0.5
+    assert other["share"] < 0.2
