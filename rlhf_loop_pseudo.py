@@ -1535,7 +1535,7 @@ def save(path, configs, kept):
 def export(path, console):
     """Write what was shown in the format of path's suffix, in colours that can be read on black."""
     text = console.export_text(clear=False)
-    console.width = max([80, *map(len, text.splitlines())])
+    console.width = 2 + max([80, *map(len, text.splitlines())])  # so that nothing touches the edge
     red, green, yellow, blue = (255, 120, 120), (80, 210, 120), (220, 200, 90), (130, 170, 255)
     colours = [(0, 0, 0), red, green, yellow, blue, (220, 140, 230), (80, 200, 220), (255, 255, 255)]
     theme = TerminalTheme((12, 12, 12), (255, 255, 255), colours)
