@@ -787,9 +787,9 @@ def exact_kl(logits, reference, prompts, responses):
         kl[:, t] = (np.exp(log_p) * (log_p - log_q)).sum(axis=1)
     return kl
 
-# What is here for speed, and nowhere else: the logits of all tokens, an (N, V) matrix, would cost more in fresh
-# memory than in arithmetic. The two functions below see it in slices of the vocabulary that stay in the processor's
-# cache, and the line after them lets the C library keep freed arrays of up to that size for the next.
+# From here to the end of the section it is for speed, and nowhere else: the logits of all tokens, an (N, V) matrix,
+# would cost more in fresh memory than in arithmetic. chosen_logprobs and its gradients see it in slices of the
+# vocabulary that stay in the processor's cache; the last line lets the C library keep freed arrays for the next.
 
 SLICE = 1_000_000  # numbers: 4 MB
 
