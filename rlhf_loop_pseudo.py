@@ -37,13 +37,13 @@ if __name__ == "__main__":  # at these sizes a second BLAS thread gains nothing 
 import argparse
 import ast
 import inspect
-import io
 import json
 import math
 import re
+import time
+from collections import namedtuple
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import NamedTuple
 
 try:
     import numpy as np
@@ -54,66 +54,48 @@ try:
 except ModuleNotFoundError as missing:
     sys.exit(f"{missing.name} is not installed. Run: python -m pip install numpy rich")
 
+# From here on the layout is by hand: pages of 88 columns, and an anchor where its function ends.
+# fmt: off
 # ------------------------------------------------------------------ 2. configuration
 
 NOT_NEGATIVE = "a finite number of at least 0", lambda x: 0 <= x < math.inf
 FRACTION = "a number from 0 to 1", lambda x: 0 <= x <= 1
 BETWEEN = "a number between 0 and 1, both excluded", lambda x: 0 < x < 1
 
-
 def at_least(least):
     """The rule for a whole number that has a lower bound."""
     return f"a whole number of at least {least}", lambda x: x >= least and x % 1 == 0
-
 
 def one_of(*names):
     """The rule for a name."""
     return f"one of {', '.join(names)}", lambda x: x in names
 
+def knob(default, rule, meaning):
+    """A field of Config: its default, what is allowed, and what it means."""
+    return field(default=default, metadata={"rule": rule, "meaning": meaning})
 
-def knob(default, rule, meaning, trl="", openrlhf="", verl=""):
-    """A field of Config: its default, what is allowed, its meaning, and its names in three trainers."""
-    peers = {"trl": trl, "openrlhf": openrlhf, "verl": verl}
-    return field(default=default, metadata={"rule": rule, "meaning": meaning, "peers": peers})
-
-
-# From here on the layout is by hand: a page of 88 columns, and an anchor where its function ends.
-# fmt: off
 @dataclass(frozen=True)
 class Config:
     """Everything that affects the algorithm; raises ValueError for a value that is not allowed."""
 
-    batch_size: int = knob(4, at_least(1), "B, responses in a batch",
-        "per_device_train_batch_size", "train.batch_size rollout.batch_size={prompts}",
-        "data.train_batch_size={prompts} actor_rollout_ref.actor.ppo_mini_batch_size={prompts}")
-    prompt_length: int = knob(64, at_least(1), "P, tokens in a prompt",
-        "", "data.max_len={length}", "data.max_prompt_length")
-    response_length: int = knob(128, at_least(1), "T, most tokens in a response",
-        "max_completion_length", "rollout.max_new_tokens", "data.max_response_length")
+    batch_size: int = knob(4, at_least(1), "B, responses in a batch")
+    prompt_length: int = knob(64, at_least(1), "P, tokens in a prompt")
+    response_length: int = knob(128, at_least(1), "T, most tokens in a response")
     vocab_size: int = knob(50257, at_least(2), "V; the last token ends a text; GPT-2 has 50257")
     width: int = knob(32, at_least(1), "D, numbers in a hidden state; GPT-2 has 768")
     preference_pairs: int = knob(2048, at_least(1), "choices of the human, where V is 27 and text can be read")
-    steps: int = knob(1, at_least(1), "RLHF steps, a batch each; 1 is the walk-through",
-        "max_steps={updates}", "data.max_samples={samples}", "trainer.total_training_steps")
-    beta: float = knob(0.02, NOT_NEGATIVE, "price of KL, score per nat; 0.02 is InstructGPT's",
-        "beta", "algo.kl.init_coef", "algorithm.kl_ctrl.kl_coef")
-    kl_estimator: str = knob("k1", one_of("k1", "k2", "k3"), "KL of a token; as a reward only k1 has KL's gradient",
-        "", "algo.kl.estimator", "algorithm.kl_penalty")
-    advantage: str = knob("gae", one_of("gae", "rloo", "grpo"), "with a critic (gae), or compared within a group",
-        "", "algo.advantage.estimator={estimator}", "algorithm.adv_estimator")
-    group_size: int = knob(4, at_least(2), "responses to each prompt, with rloo and grpo",
-        "num_generations={group}", "rollout.n_samples_per_prompt={group}", "actor_rollout_ref.rollout.n={group}")
-    gamma: float = knob(1.0, FRACTION, "discount per token", "", "algo.advantage.gamma", "algorithm.gamma")
-    lam: float = knob(0.95, FRACTION, "GAE's lambda, per token", "", "algo.advantage.lambd", "algorithm.lam")
-    clip: float = knob(0.2, BETWEEN, "PPO's epsilon: how far a ratio may move to gain", "epsilon", "actor.eps_clip",
-        "actor_rollout_ref.actor.clip_ratio_low actor_rollout_ref.actor.clip_ratio_high")
-    ppo_epochs: int = knob(4, at_least(1), "updates on each batch",
-        "num_iterations", "train.max_epochs", "actor_rollout_ref.actor.ppo_epochs")
-    learning_rate: float = knob(5e-4, NOT_NEGATIVE, "Adam's, falling to 0 over the steps",
-        "learning_rate", "actor.adam.lr critic.adam.lr", "actor_rollout_ref.actor.optim.lr critic.optim.lr")
+    steps: int = knob(1, at_least(1), "RLHF steps, a batch each; 1 is the walk-through")
+    beta: float = knob(0.02, NOT_NEGATIVE, "price of KL, score per nat; 0.02 is InstructGPT's")
+    kl_estimator: str = knob("k1", one_of("k1", "k2", "k3"), "KL of a token; as a reward only k1 has KL's gradient")
+    advantage: str = knob("gae", one_of("gae", "rloo", "grpo"), "with a critic (gae), or compared within a group")
+    group_size: int = knob(4, at_least(2), "responses to each prompt, with rloo and grpo")
+    gamma: float = knob(1.0, FRACTION, "discount per token")
+    lam: float = knob(0.95, FRACTION, "GAE's lambda, per token")
+    clip: float = knob(0.2, BETWEEN, "PPO's epsilon: how far a ratio may move to gain")
+    ppo_epochs: int = knob(4, at_least(1), "updates on each batch")
+    learning_rate: float = knob(5e-4, NOT_NEGATIVE, "Adam's, falling to 0 over the steps")
     drift: float = knob(0.75, NOT_NEGATIVE, "noise, in deviations, between actor and reference; 0 in training")
-    seed: int = knob(0, at_least(0), "seed of all randomness",
-        "seed", "train.seed", "data.seed actor_rollout_ref.rollout.seed")
+    seed: int = knob(0, at_least(0), "seed of all randomness")
 
     def __post_init__(self):
         for each in fields(self):
@@ -134,10 +116,9 @@ class Config:
 def core_loop(models, config, rng):
     """The seven steps, config.steps times: RLHF with PPO.
 
-    A generator of named arrays, a dict for each of the seven: whoever drains it decides
-    whether to show, save or only train. Actor and critic change in place, reward model
-    and reference never do. With rloo or grpo there is no critic (None), and each prompt
-    gets a group of responses.
+    Yields named arrays, a dict for each of the seven: whoever drains it decides whether
+    to show, save or only train. Actor and critic change in place, the others never.
+    With rloo or grpo there is no critic, and each prompt gets a group of responses.
     """
     actor, critic, reward_model, reference = models
     actor_state, critic_state, eos_token = {}, {}, config.vocab_size - 1
@@ -151,8 +132,7 @@ def core_loop(models, config, rng):
 
         # 2. Generate
         responses, mask, old_logprobs, logits = generate(
-            actor, prompts, config.response_length, rng, eos_token, config.steps == 1
-        )
+            actor, prompts, config.response_length, rng, eos_token, config.steps == 1)
         yield {"responses": responses, "mask": mask,
                "old_logprobs": old_logprobs, "logits": logits}
         del logits  # only shown, and the largest array of all
@@ -187,15 +167,13 @@ def core_loop(models, config, rng):
         actor_losses, critic_losses, ratios = [], [], []
         for _ in range(config.ppo_epochs):
             gradients, actor_loss, ratio = actor_gradients(
-                actor, prompts, responses, old_logprobs, whitened, mask, config.clip
-            )
+                actor, prompts, responses, old_logprobs, whitened, mask, config.clip)
             adam_step(actor, gradients, actor_state, learning_rate)
             actor_losses.append(actor_loss)
             ratios.append(ratio)
             if critic:
                 gradients, critic_loss = critic_gradients(
-                    critic, prompts, responses, returns, mask
-                )
+                    critic, prompts, responses, returns, mask)
                 adam_step(critic, gradients, critic_state, learning_rate)
                 critic_losses.append(critic_loss)
         yield {"ratio": np.stack(ratios), "actor_loss": np.array(actor_losses),
@@ -221,9 +199,7 @@ def generate(actor, prompts, response_length, rng, eos_token, keep_logits=True):
     token[t] ~ softmax(hidden[P - 1 + t] @ head), temperature 1
 
     The context is a running sum, so that each token costs one position, not the whole
-    sequence: what a key-value cache does for a transformer.
-
-    prompts (B, P) int. Returns (responses, mask, logprobs, logits):
+    sequence: what a key-value cache does for a transformer. prompts (B, P) int. Returns
     responses (B, T) int, filled with eos_token after the end; mask (B, T), 1 up to and
     including the first end token; logprobs (B, T) in nats, 0 where the mask is 0;
     logits (B, T, V) or None. Source: Radford et al. 2018 (GPT), equations 1 and 2.
@@ -256,9 +232,8 @@ def score_responses(reward_model, prompts, responses, mask):
 
     score = hidden[last real token] @ head, plus the bias of a trained model
 
-    prompts (B, P), responses (B, T), mask (B, T). Returns scores (B,).
-    Raises ValueError for shapes that differ or a mask with an empty row.
-    Source: InstructGPT (Ouyang et al. 2022), section 3.5.
+    prompts (B, P), responses, mask (B, T). Returns (B,). Raises ValueError for shapes
+    that differ or an empty row. Source: InstructGPT (Ouyang et al. 2022), section 3.5.
     """
     hidden, _ = backbone(reward_model, np.concatenate([prompts, responses], axis=1))
     last = hidden[last_positions(prompts, responses, mask)]  # (B, P + T, D) -> (B, D)
@@ -291,8 +266,8 @@ def kl_penalty(logprobs, ref_logprobs, estimator="k1"):
     E[∇ log p * kl], which is ∇ KL for k1, but for k2 and k3 vanishes to first order
     where actor and reference are equal: with these the actor drifts off.
 
-    logprobs, ref_logprobs (B, T) in nats. Returns (B, T) in nats.
-    Raises ValueError for shapes that differ or an unknown estimator.
+    logprobs, ref_logprobs (B, T). Returns (B, T), all in nats. Raises ValueError for
+    shapes that differ or another estimator.
     Source: Schulman 2020, "Approximating KL Divergence".
     """
     if logprobs.shape != ref_logprobs.shape:
@@ -314,9 +289,8 @@ def shape_rewards(scores, kl, mask, beta):
     reward[t] = -beta * kl[t], and the score on top of it at the last real token, where
     the response is complete and can be judged. A row's sum is score - beta * its KL.
 
-    scores (B,), kl (B, T) in nats, mask (B, T), beta in score per nat.
-    Returns (B, T), 0 at padding.
-    Raises ValueError for shapes that do not fit or a mask with an empty row.
+    scores (B,), kl (B, T) in nats, mask (B, T), beta in score per nat. Returns (B, T),
+    0 at padding. Raises ValueError for shapes that do not fit or an empty row.
     Source: Ziegler et al. 2019, equation 2.
     """
     if kl.shape != mask.shape or scores.shape != mask.shape[:1]:
@@ -354,9 +328,8 @@ def gae(rewards, values, mask, gamma, lam):
 
     t + 1 is the next real token; past the last one, value and advantage are 0.
     λ = 0 leaves δ, the TD error; λ = 1 is the Monte Carlo return minus the value.
-    rewards, values, mask (B, T); gamma, lam in [0, 1].
-    Returns (advantages, returns), (B, T), 0 at padding.
-    Raises ValueError for shapes that differ.
+    rewards, values, mask (B, T); gamma, lam in [0, 1]. Returns (advantages, returns),
+    (B, T) both, 0 at padding. Raises ValueError for shapes that differ.
     Source: Schulman et al. 2016, equations 11 and 16 to 18.
     """
     if not rewards.shape == values.shape == mask.shape:
@@ -384,9 +357,8 @@ def group_advantages(rewards, mask, group_size, method):
     grpo: (R - mean) / (unbiased standard deviation + 1e-6)
 
     rewards, mask (B, T), a group in group_size adjacent rows; method "rloo" or "grpo".
-    Returns (B, T), the same for all of a response's real tokens, 0 at padding.
-    Raises ValueError for shapes that differ, a group of one, rows that are no whole
-    groups, or an unknown method.
+    Returns (B, T), the same for all real tokens of a response, 0 at padding. Raises
+    ValueError for shapes that differ, no whole groups of 2 and up, another method.
     Source: Ahmadian et al. 2024, section 3; Shao et al. 2024, section 4.1.2.
     """
     if rewards.shape != mask.shape or group_size < 2 or len(mask) % group_size:
@@ -412,9 +384,8 @@ def whiten(x, mask):
     Over the real tokens: (x - mean) / sqrt(variance + 1e-8), the variance unbiased
     (divided by n - 1). The sums are in float64: in float32 equal numbers would differ.
 
-    x, mask (B, T). Returns (B, T), 0 at padding.
-    Raises ValueError for shapes that differ or no real token.
-    Source: masked_whiten in TRL.
+    x, mask (B, T). Returns (B, T), 0 at padding. Raises ValueError for shapes that
+    differ or no real token. Source: masked_whiten in TRL.
     """
     if x.shape != mask.shape or not mask.any():
         raise ValueError("mask: needs the shape of x, and a real token")
@@ -434,9 +405,8 @@ def ppo_loss(new_logprobs, old_logprobs, advantages, mask, clip):
 
     The minimum takes away the gain, and so the gradient, of moving the ratio past the
     clip. All (B, T), log probabilities in nats. Returns (loss, d_loss/d_new_logprobs,
-    ratio): scalar, (B, T), (B, T), 0 at padding.
-    Raises ValueError for shapes that differ or no real token.
-    Source: Schulman et al. 2017, equation 7.
+    ratio): scalar, (B, T), (B, T), 0 at padding. Raises ValueError for shapes that
+    differ or no real token. Source: Schulman et al. 2017, equation 7.
     """
     if not new_logprobs.shape == old_logprobs.shape == advantages.shape == mask.shape:
         raise ValueError("new_logprobs, old_logprobs, advantages, mask: shapes differ")
@@ -459,8 +429,8 @@ def value_loss(values, returns, mask):
     loss = mean over real tokens of (value - return)²
     d loss / d value = 2 (value - return) / n
 
-    All (B, T). Returns (loss, d_loss/d_values): scalar, (B, T), 0 at padding.
-    Raises ValueError for shapes that differ or no real token.
+    All (B, T). Returns (loss, d_loss/d_values): scalar, (B, T), 0 at padding. Raises
+    ValueError for shapes that differ or no real token.
     Source: Schulman et al. 2017, section 5 (L^VF).
     """
     if not values.shape == returns.shape == mask.shape or not mask.any():
@@ -478,8 +448,7 @@ def actor_gradients(actor, prompts, responses, old_logprobs, advantages, mask, c
     d loss / d logits = d_loss/d_new_logprob * (one-hot of the token - softmax(logits))
 
     prompts (B, P), the others (B, T). Returns (gradients, loss, ratio): keyed like the
-    parameters, scalar, (B, T) with 0 at padding.
-    Raises ValueError for shapes that differ or no real token.
+    parameters, scalar, (B, T) with 0 at padding. Raises ValueError as ppo_loss does.
     Source: Schulman et al. 2017, equation 7, by the chain rule.
     """
     inputs, head = response_inputs(prompts, responses), actor["head"]
@@ -488,12 +457,10 @@ def actor_gradients(actor, prompts, responses, old_logprobs, advantages, mask, c
     new_logprobs, log_sums = chosen_logprobs(states, head, responses)  # (B, T) both
 
     loss, d_new_logprobs, ratio = ppo_loss(
-        new_logprobs, old_logprobs, advantages, mask, clip
-    )
+        new_logprobs, old_logprobs, advantages, mask, clip)
 
     d_states, d_head = chosen_logprobs_gradients(
-        states, head, responses, log_sums, d_new_logprobs
-    )
+        states, head, responses, log_sums, d_new_logprobs)
     d_hidden = np.zeros_like(hidden)
     d_hidden[:, prompts.shape[1] - 1 :] = d_states  # (B, T, D) -> (B, S, D)
     gradients = backbone_gradients(actor, inputs, hidden, context, d_hidden)
@@ -505,7 +472,7 @@ def critic_gradients(critic, prompts, responses, returns, mask):
     """Step 7. Gradients of value_loss for the critic's weights.
 
     prompts (B, P), the others (B, T). Returns (gradients, loss): keyed like the
-    parameters, scalar. Raises ValueError for shapes that differ or no real token.
+    parameters, scalar. Raises ValueError as value_loss does.
     Source: Schulman et al. 2017, section 5, by the chain rule.
     """
     inputs, head = response_inputs(prompts, responses), critic["head"]
@@ -528,10 +495,9 @@ def adam_step(params, gradients, state, learning_rate):
 
     m = 0.9 m + 0.1 g    v = 0.999 v + 0.001 g²    p -= rate * m̂ / (sqrt(v̂) + 1e-8)
 
-    with m̂ = m / (1 - 0.9^t) and v̂ = v / (1 - 0.999^t). Changes params and state. Keys
-    and shapes are those of gradients; state starts as {} and holds t, m and v.
-    Raises ValueError for shapes that differ.
-    Source: Kingma & Ba 2015, algorithm 1.
+    with m̂ = m / (1 - 0.9^t), v̂ = v / (1 - 0.999^t). Changes params and state, which
+    starts as {} and holds t, m and v. Keys and shapes are those of gradients. Raises
+    ValueError for shapes that differ. Source: Kingma & Ba 2015, algorithm 1.
     """
     for name, g in gradients.items():
         if g.shape != params[name].shape:
@@ -582,8 +548,7 @@ def collect_preferences(reference, config, rng):
     prompts = sample_prompts(rng, pairs, config.prompt_length, vocab_size)
     prompts = np.concatenate([prompts, prompts])  # (N, P) -> (2 N, P)
     responses, mask, _, _ = generate(
-        reference, prompts, config.response_length, rng, vocab_size - 1, False
-    )
+        reference, prompts, config.response_length, rng, vocab_size - 1, False)
     first, second = np.split(human_scores(responses, mask, vocab_size), 2)  # (N,) both
     first_wins = rng.random(pairs) < 1 / (1 + np.exp(-8 * (first - second)))
     chosen = np.arange(pairs) + np.where(first_wins, 0, pairs)
@@ -640,21 +605,17 @@ def train_reward_model(reward_model, prompts, responses, mask, rng):
 
     200 Adam updates on 128 pairs each, from the given weights: the reference's backbone
     and a random head. Then scores are shifted and scaled to mean 0 and standard
-    deviation 1 over these responses, and the model is frozen.
-
-    prompts, responses, mask: as collect_preferences returns them.
-    Returns (reward_model, losses): a new model, with a bias besides, and (200,).
+    deviation 1 over these responses. prompts, responses, mask: as collect_preferences
+    returns them. Returns (reward_model, losses): a new model with a bias, and (200,).
     Source: Stiennon et al. 2020, section 3.4; InstructGPT, section 3.5.
     """
-    parts = "embed", "mix", "head"  # not the bias, which only shifts
-    reward_model = {name: reward_model[name].copy() for name in parts}
+    reward_model = {part: weights.copy() for part, weights in reward_model.items()}
     pairs, state, losses = len(prompts) // 2, {}, []
     for learning_rate in np.linspace(2e-3, 0, 200, endpoint=False):
         chosen = rng.integers(0, pairs, size=128)
         rows = np.concatenate([chosen, chosen + pairs])  # (256,): each pair's two rows
         gradients, loss = reward_gradients(
-            reward_model, prompts[rows], responses[rows], mask[rows]
-        )
+            reward_model, prompts[rows], responses[rows], mask[rows])
         adam_step(reward_model, gradients, state, float(learning_rate))
         losses.append(loss)
     scores = np.float64(score_responses(reward_model, prompts, responses, mask))
@@ -665,11 +626,9 @@ def train_reward_model(reward_model, prompts, responses, mask, rng):
 # ANCHOR_END: train_reward_model
 
 def learn_from_human(models, config, rng):
-    """All of the above, judged by fresh pairs. Returns the models, the reward model now trained, and what was seen.
-
-    accuracy is the share of fresh pairs in which the model agrees with the choice; best_accuracy that in which the
-    human's own opinion does: choices are noisy, and no scorer can expect more.
-    """
+    """All of the above. Returns the models, the reward model now trained, and what was seen: accuracy is the share of
+    fresh pairs in which the model agrees with the choice, best_accuracy that in which the human's own opinion does, as
+    choices are noisy, and no scorer can expect more."""
     preferences = collect_preferences(models.reference, config, rng)
     reward_model, losses = train_reward_model(models.reward_model, *preferences, rng)
     prompts, responses, mask = collect_preferences(models.reference, replace(config, preference_pairs=2048), rng)
@@ -683,24 +642,15 @@ def learn_from_human(models, config, rng):
 
 # ------------------------------------------------------------------ 6. the models and their gradients
 
-class Models(NamedTuple):
-    """The four models of RLHF. Two learn, two are frozen; without a critic that is None."""
-
-    actor: dict
-    critic: dict | None
-    reward_model: dict
-    reference: dict
+Models = namedtuple("Models", "actor critic reward_model reference")  # without a critic that is None
 
 def init_weights(rng, rows, columns, deviation):
     """Draw a float32 matrix uniformly around 0 with the given standard deviation."""
     return (rng.random((rows, columns), dtype=np.float32) - np.float32(0.5)) * np.float32(12**0.5 * deviation)
 
 def init_model(rng, vocab_size, width, out_width, scale=1.0):
-    """Draw a model: backbone (embed, mix) and head, float32.
-
-    Returns {"embed": (V, D), "mix": (D, D), "head": (D, out_width)}. The context outweighs the current
-    token, so that a late token's state still depends on the whole text.
-    """
+    """Draw a model in float32: {"embed": (V, D), "mix": (D, D), "head": (D, out_width)}. Context outweighs the current
+    token, so that a late token's state still depends on the whole text."""
     return {
         "embed": init_weights(rng, vocab_size, width, 0.1),
         "mix": init_weights(rng, width, width, 5 / width**0.5),
@@ -708,11 +658,8 @@ def init_model(rng, vocab_size, width, out_width, scale=1.0):
     }
 
 def init_models(config, rng):
-    """Start all four from one backbone, as RLHF starts them from one fine-tuned model.
-
-    drift sets the actor off the reference, and the critic's head off zero, as training would.
-    The reward model's head is random, its scores of about deviation 1, until one is trained.
-    """
+    """Start all four from one backbone, as RLHF starts them from one fine-tuned model. drift sets the actor off the
+    reference, and the critic's head off zero, as training would. The reward model is random until one is trained."""
     sizes, drift = (config.vocab_size, config.width), np.float32(config.drift)
     reference = init_model(rng, *sizes, config.vocab_size)
     noise = init_model(rng, *sizes, config.vocab_size)
@@ -723,10 +670,7 @@ def init_models(config, rng):
     return Models(actor, critic if config.advantage == "gae" else None, reward_model, reference)
 
 def response_inputs(prompts, responses):
-    """The tokens from which the response is predicted: all but the last. (B, P), (B, T) -> (B, P + T - 1).
-
-    Response token t is predicted one position to its left, at P - 1 + t.
-    """
+    """All tokens but the last: response token t is predicted one position to its left, at P - 1 + t. (B, P + T - 1)."""
     return np.concatenate([prompts, responses[:, :-1]], axis=1)
 
 def last_positions(prompts, responses, mask):
@@ -738,13 +682,10 @@ def last_positions(prompts, responses, mask):
     return np.arange(len(mask)), prompts.shape[1] + mask.shape[1] - 1 - from_the_end
 
 def backbone(model, tokens):
-    """Hidden states of a causal one-layer model.
+    """Hidden states of a causal one-layer model. tokens (B, S) int. Returns (hidden, context), (B, S, D) both.
 
-    context[t] = sum(embed[x[0..t]]) / sqrt(t + 1): attention to every token so far equally; the root, not
-    t + 1, so that it keeps its variance
+    context[t] = sum(embed[x[0..t]]) / sqrt(t + 1): attention to every token so far equally, at constant variance
     hidden[t] = tanh(embed[x[t]] + context[t] @ mix)
-
-    tokens (B, S) int. Returns (hidden, context), (B, S, D) both.
     """
     x = model["embed"][tokens]  # (B, S) -> (B, S, D)
     context = uniform_attention(x) @ x  # (S, S) @ (B, S, D)
@@ -774,12 +715,29 @@ def draw(weights, rng):
     draws = (1 - rng.random(len(weights))) * cumulative[:, -1]  # above 0: what has no weight is never drawn
     return (cumulative >= draws[:, None]).argmax(axis=1)
 
-def sample_tokens(logits, rng):
-    """Draw a token for each row from softmax(logits). (B, V) -> tokens, logprobs (B,).
+def exact_kl(logits, reference, prompts, responses):
+    """KL(actor || reference) over the whole vocabulary: Σ over v of p(v) (log p(v) - log q(v)), a position at a time.
+    logits (B, T, V) are the actor's. Returns (B, T) in nats, without meaning at padding."""
+    hidden, _ = backbone(reference, response_inputs(prompts, responses))  # (B, S, D)
+    states, kl = hidden[:, prompts.shape[1] - 1 :], np.empty(responses.shape, dtype=logits.dtype)
+    for t in range(responses.shape[1]):
+        log_p, log_q = log_softmax(logits[:, t]), log_softmax(states[:, t] @ reference["head"])  # (B, V) both
+        kl[:, t] = (np.exp(log_p) * (log_p - log_q)).sum(axis=1)
+    return kl
 
-    First one of √V blocks, then a token in it: two short running sums in place of a long one, which would be slow.
+# From here to the end of the section it is for speed, and nowhere else: a running sum over the vocabulary is slow, and
+# the logits of all tokens, an (N, V) matrix, would cost more in fresh memory than in arithmetic. So sample_tokens sums
+# twice over fewer numbers, and chosen_logprobs and its gradients see slices of the vocabulary that stay in the
+# processor's cache; the last line lets the C library keep freed arrays for the next.
+
+SLICE = 1_000_000  # numbers: 4 MB
+
+def sample_tokens(logits, rng):
+    """Draw a token for each row from softmax(logits): one of √V blocks, then a token in it.
+
+    logits (B, V). Returns (tokens, logprobs), (B,) both, in nats.
     """
-    (count, vocab_size), size = logits.shape, math.ceil(logits.shape[1] ** 0.5)
+    (count, vocab_size), size = logits.shape, int(np.ceil(logits.shape[1] ** 0.5))
     weights = np.zeros((count, size * size), dtype=logits.dtype)
     weights[:, :vocab_size] = np.exp(logits - logits.max(axis=1, keepdims=True))  # softmax, not yet divided by its sum
     rows, blocks = np.arange(count), weights.reshape(count, size, size)
@@ -788,29 +746,10 @@ def sample_tokens(logits, rng):
     tokens = block * size + draw(blocks[rows, block], rng)
     return tokens, np.log(weights[rows, tokens] / sums.sum(axis=1))
 
-def exact_kl(logits, reference, prompts, responses):
-    """KL(actor || reference) over the whole vocabulary: Σ over v of p(v) (log p(v) - log q(v)).
-
-    logits (B, T, V) are the actor's. A position at a time. Returns (B, T) in nats, without meaning at padding.
-    """
-    hidden, _ = backbone(reference, response_inputs(prompts, responses))  # (B, S, D)
-    states, kl = hidden[:, prompts.shape[1] - 1 :], np.empty(responses.shape, dtype=logits.dtype)
-    for t in range(responses.shape[1]):
-        log_p, log_q = log_softmax(logits[:, t]), log_softmax(states[:, t] @ reference["head"])  # (B, V) both
-        kl[:, t] = (np.exp(log_p) * (log_p - log_q)).sum(axis=1)
-    return kl
-
-# From here to the end of the section it is for speed, and nowhere else: the logits of all tokens, an (N, V) matrix,
-# would cost more in fresh memory than in arithmetic. chosen_logprobs and its gradients see it in slices of the
-# vocabulary that stay in the processor's cache; the last line lets the C library keep freed arrays for the next.
-
-SLICE = 1_000_000  # numbers: 4 MB
-
 def chosen_logprobs(states, head, tokens):
-    """log softmax(states @ head) of the chosen tokens: state · head[token] - log Σ exp(state · head[v]).
+    """log softmax(states @ head) of the chosen tokens: state · head[token] - log Σ exp(state · head[v]), in nats.
 
-    states (B, T, D), head (D, V), tokens (B, T). Returns (logprobs, log_sums), (B, T) both, in nats; the
-    gradients need the second.
+    states (B, T, D), head (D, V), tokens (B, T). Returns (logprobs, log_sums), (B, T) both; the gradients need both.
     """
     flat = states.reshape(-1, states.shape[-1])  # (B, T, D) -> (N, D)
     log_sums = np.full(len(flat), -np.inf, dtype=states.dtype)
@@ -824,9 +763,9 @@ def chosen_logprobs(states, head, tokens):
     return np.einsum("btd,dbt->bt", states, head[:, tokens]) - log_sums, log_sums
 
 def chosen_logprobs_gradients(states, head, tokens, log_sums, d_logprobs):
-    """Gradients for states and head, given d_logprobs = d loss / d logprobs (B, T).
+    """Gradients of a loss for states (B, T, D) and head (D, V), given d_logprobs = d loss / d logprobs (B, T).
 
-    d logprob / d logits = one-hot(token) - softmax. Returns (d_states, d_head), (B, T, D) and (D, V).
+    d logprob / d logits = one-hot(token) - softmax
     """
     flat = states.reshape(-1, states.shape[-1])  # (B, T, D) -> (N, D)
     scale, log_sums, tokens = d_logprobs.reshape(-1, 1), log_sums.reshape(-1, 1), tokens.ravel()
@@ -851,7 +790,7 @@ def sum_by_token(tokens, rows, vocab_size):
 def vocabulary_slices(states, head):
     """Slices of the vocabulary in which the logits states @ head have at most SLICE numbers, or one column."""
     step = max(1, SLICE // len(states))
-    return [slice(start, start + step) for start in range(0, head.shape[1], step)]
+    return [slice(first, first + step) for first in range(0, head.shape[1], step)]
 
 np.empty(8 * SLICE, dtype=np.float32)  # freed at once: from here on glibc keeps what is smaller
 
@@ -871,12 +810,9 @@ def walk_through(models, config, rng):
     for stage in core_loop(models, config, rng):
         seen.update(stage)
         if "kl" in stage:
-            logprobs = seen["old_logprobs"], seen["ref_logprobs"]
-            stage |= {estimator: kl_penalty(*logprobs, estimator) for estimator in ("k1", "k2", "k3")}
+            stage |= {name: kl_penalty(seen["old_logprobs"], seen["ref_logprobs"], name) for name in ("k1", "k2", "k3")}
             exact = exact_kl(seen.pop("logits"), models.reference, seen["prompts"], seen["responses"])  # frees them
             stage["exact_kl"] = exact * seen["mask"]
-        if "rewards" in stage:
-            stage["total_rewards"] = stage["rewards"].sum(axis=1)
         if "values" in stage:  # GAE with lambda 0 is the TD error
             stage["td_errors"], _ = gae(seen["rewards"], seen["values"], seen["mask"], config.gamma, 0.0)
         if "ratio" in stage:
@@ -884,21 +820,20 @@ def walk_through(models, config, rng):
             stage["clipped"] = is_clipped(stage["ratio"], seen["whitened"], config.clip)
         yield stage
 
-def check_finite(stage, step):
-    """Raises FloatingPointError where the losses of a step are not finite."""
-    if not all(np.isfinite(stage[name]).all() for name in ("actor_loss", "critic_loss")):
-        cure = "an update was too large; try a lower --learning-rate, --beta or --drift"
-        raise FloatingPointError(f"step {step}: the loss is not a finite number any more, {cure}")
-
 def train(models, config, rng):
     """core_loop, drained a step at a time: yields (metrics, the first response's real tokens)."""
-    data, step = {}, 0
-    for stage in core_loop(models, config, rng):
+    data = {}
+    for count, stage in enumerate(core_loop(models, config, rng), 1):
         data.update(stage)
         if "ratio" in stage:
-            step += 1
-            check_finite(stage, step)
-            yield step_metrics(data, config, step), data["responses"][0][data["mask"][0] != 0]
+            check_finite(stage, count // 7)
+            yield step_metrics(data, config, count // 7), data["responses"][0][data["mask"][0] != 0]
+
+def check_finite(stage, step):
+    """Raises FloatingPointError where the losses of a step are not finite."""
+    if not np.isfinite([*stage["actor_loss"], *stage["critic_loss"]]).all():
+        cure = "an update was too large; try a lower --learning-rate, --beta or --drift"
+        raise FloatingPointError(f"step {step}: the loss is not a finite number any more, {cure}")
 
 def step_metrics(data, config, step):
     """What a step of training is judged by, under TRL's names where it has one: of sums over a response the mean over
@@ -921,60 +856,50 @@ def step_metrics(data, config, step):
         metrics["objective/human_scores"] = human_scores(data["responses"], mask, config.vocab_size).mean()
     return metrics
 
-THEORY_PROMPTS, THEORY_RESPONSES = 32, 128  # for each policy; more no longer changes the printed share
+def attainable_gain(models, config, rng, prompt_count=32, response_count=128):
+    """How much of what is possible training has reached, in J = E[score] - beta * E[KL]: floats, by name.
 
-def theory_is_cheap(config):
-    """Whether attainable_gain takes at most a fifth of the training, or a second or so, counted in forward passes."""
-    theory = 3 * 2 * THEORY_PROMPTS * THEORY_RESPONSES  # a sampling and two evaluations of each response
-    training = config.steps * config.batch_size * (3 + 4 * config.ppo_epochs)  # backward passes cost some two
-    tokens = config.prompt_length + config.response_length
-    return theory * tokens * config.width * (config.width + config.vocab_size) < 2e9 or theory < 0.2 * training
-
-def attainable_gain(models, config, rng):
-    """How much of what is possible training has reached, in J = E[score] - beta * E[KL].
-
-    No policy exceeds J* = E over prompts of beta * log E over reference responses of exp(score / beta)
-    (Korbak et al. 2022; Rafailov et al. 2023, equation 4); for beta = 0 that is the largest score.
-    Few reference responses are good ones, so responses of reference and actor are pooled, and every
-    expectation is a weighted mean over the pool, with weights p / p_mixture that sum to 1 (Veach & Guibas
-    1995, the balance heuristic). Then neither J exceeds J*, in theory as in the estimate, which is one from
-    below: what neither policy writes is missing from it.
-
-    Returns floats, all on the same fresh prompts: J_start (the reference's), J, J_star, share = (J - J_start) /
-    (J_star - J_start) and share_error, its standard error over the prompts, share NaN where the gain at stake is
-    within three standard errors of nothing; and the actor's score, kl and human score (NaN where nobody can read).
+    No policy exceeds J* = E over prompts of beta * log E over reference responses of exp(score / beta) (Korbak et al.
+    2022; Rafailov et al. 2023, equation 4), for beta = 0 the largest score. Few reference responses are good ones, so
+    those of the actor are added, and every expectation is a mean over all with weights p / p_mixture that sum to 1
+    (Veach & Guibas 1995, the balance heuristic). Then neither J exceeds J*, in theory as in the estimate, which is one
+    from below: what neither policy writes is missing from it. J_start is the reference's. share, of J_star - J_start,
+    is NaN where that is within three standard errors of nothing; share_error is its standard error over the prompts.
+    Nothing is returned where all this would take more than a fifth of the training, or than a second or so.
     """
-    prompts = sample_prompts(rng, THEORY_PROMPTS, config.prompt_length, config.vocab_size)
-    prompts, pool = np.repeat(prompts, THEORY_RESPONSES, axis=0), []
+    passes, training = 6 * prompt_count * response_count, config.steps * config.batch_size * (3 + 4 * config.ppo_epochs)
+    per_pass = (config.prompt_length + config.response_length) * config.width * (config.width + config.vocab_size)
+    if passes > 0.2 * training and passes * per_pass > 2e9:
+        return {}
+    prompts = sample_prompts(rng, prompt_count, config.prompt_length, config.vocab_size)
+    prompts, pool = np.repeat(prompts, response_count, axis=0), []
     for policy in (models.reference, models.actor):
         responses, mask, *_ = generate(policy, prompts, config.response_length, rng, config.vocab_size - 1, False)
         logprobs = [token_logprobs(each, prompts, responses) * mask for each in (models.actor, models.reference)]
         human = human_scores(responses, mask, config.vocab_size) if config.readable else np.full(len(mask), np.nan)
         scores = score_responses(models.reward_model, prompts, responses, mask)
         pool.append([scores, human, *(each.sum(axis=1) for each in logprobs)])
-    pool = np.array(pool, dtype=np.float64).reshape(2, 4, THEORY_PROMPTS, THEORY_RESPONSES)
+    pool = np.array(pool, dtype=np.float64).reshape(2, 4, prompt_count, response_count)
     scores, human, *logprobs = np.concatenate(pool, axis=2)  # (prompts, 2 * responses) each
     of_actor, of_reference = (log_softmax(each - np.logaddexp(*logprobs)) for each in logprobs)  # log weights
-    start, score = (np.exp(of_reference) * scores).sum(axis=1), (np.exp(of_actor) * scores).sum(axis=1)
-    human = (np.exp(of_actor) * human).sum(axis=1)
-    kl, best = (np.exp(of_actor) * (of_actor - of_reference)).sum(axis=1), scores.max(axis=1)
+    start, best = (np.exp(of_reference) * scores).sum(axis=1), scores.max(axis=1)
+    score, human, kl = ((np.exp(of_actor) * x).sum(axis=1) for x in (scores, human, of_actor - of_reference))
     if config.beta:
         best = best + config.beta * np.logaddexp.reduce((scores - best[:, None]) / config.beta + of_reference, axis=1)
     objective, stake = score - config.beta * kl, best - start  # (prompts,) both
     share = (objective - start).mean() / stake.mean()
     noise, stake_noise = (x.std(ddof=1) / len(x) ** 0.5 for x in (objective - start - share * stake, stake))
-    certain = stake.mean() > 3 * max(noise, stake_noise)
     means = {"J_start": start, "J": objective, "J_star": best, "score": score, "kl": kl, "human": human}
-    share = {"share": share if certain else np.nan, "share_error": noise / stake.mean()}
-    return {**{name: x.mean() for name, x in means.items()}, **share}
+    share = share if stake.mean() > 3 * max(noise, stake_noise) else np.nan
+    return {name: x.mean() for name, x in means.items()} | {"share": share, "share_error": noise / stake.mean()}
 
 # ------------------------------------------------------------------ 8. the presentation: pages of text from arrays
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz."
 # Whose number it is, in the terminal's own colours; [n] marks nobody's, and all stand out from dim narration
 OWNERS = {"actor": "cyan", "critic": "magenta", "reward": "green", "reference": "bright_blue", "human": "red"}
-LEGEND = ("  [actor]actor[/] writes, [critic]critic[/] predicts, [reward]reward[/] judges, "
-          "[reference]reference[/] stays, [human]human[/] decides")
+NAMES = re.compile(f"\\b({'|'.join(OWNERS)})\\b")
+LEGEND = NAMES.sub(r"[\1]\1[/]", "  actor writes, critic predicts, reward judges, reference stays, human decides")
 
 def make_console(**options):
     """A console that prints text as it stands, in the owners' colours."""
@@ -983,16 +908,12 @@ def make_console(**options):
     return Console(color_system=system, highlight=False, emoji=False, theme=theme, **options)
 
 def show(console, page):
-    """Print a page and a blank line: titles without indent (bold), narration with four spaces (dim), nothing wrapped.
-
-    In other lines [actor]3[/] is the actor's number, and what follows a tab is a dim note beside it.
-    """
+    """Print a page and a blank line, nothing wrapped: titles without indent (bold), narration with four spaces (dim),
+    and lines in which [actor]3[/] is the actor's number, and what follows a tab a dim note beside it."""
     for line in page.splitlines():
         line, _, note = line.partition("\t")
-        if line.startswith("    ") and "[/]" not in line:
-            text = Text(line, style="dim")
-        else:
-            text = Text.from_markup(line, style="bold" if line[:1].strip() else "")
+        narration = line.startswith("    ") and "[/]" not in line  # where brackets are no markup
+        text = Text(line, "dim") if narration else Text.from_markup(line, style="bold" if line[:1].strip() else "")
         if note:
             text.append(" " * max(38 - text.cell_len, 2)).append_text(Text.from_markup(note, style="dim"))
         text.rstrip()
@@ -1000,14 +921,13 @@ def show(console, page):
     console.print()
 
 def table(columns, rows, gap="  "):
-    """A page with a table, as wide as it needs; its first and last columns hold text, the others numbers."""
-    rows = [[f"[dim]{name}[/]" for name in columns], *rows]
-    lengths = [[Text.from_markup(cell).cell_len for cell in row] for row in rows]
-    page = ""
-    for row, own in zip(rows, lengths):
-        room = [" " * (max(column) - length) for column, length in zip(zip(*lengths), own)]
-        numbers = [space + cell for cell, space in zip(row[1:-1], room[1:-1])]
-        page += f"{gap}{gap.join([row[0] + room[0], *numbers, row[-1]])}\n"
+    """A page with a table. Columns are "owner:head"; cells are text, to the right but in the first and last column."""
+    owners, heads = zip(*(column.split(":") for column in columns))
+    widths, page = [max(map(len, column)) for column in zip(heads, *rows)], ""
+    for colours, row in [(["dim"] * len(heads), heads), *((owners, row) for row in rows)]:
+        cells = [row[0].ljust(widths[0]), *map(str.rjust, row[1:-1], widths[1:-1]), row[-1]]
+        cells = [f"[{who}]{cell}[/]" if who else NAMES.sub(r"[\1]\1[/]", cell) for who, cell in zip(colours, cells)]
+        page += gap.join(["", *cells]) + "\n"
     return page
 
 def fixed(value, digits=2):
@@ -1021,10 +941,8 @@ def listed(values, most=4, between=", ", form=fixed):
 
 def text_of(tokens, config):
     """Tokens as letters where the vocabulary has 27, as numbers elsewhere."""
-    if not config.readable:
-        return listed(tokens, 3, " ", str)
-    text = "".join(LETTERS[token] for token in tokens)
-    return text if len(text) <= 16 else f"{text[:15]}…"
+    text = "".join(LETTERS[token] for token in tokens) if config.readable else listed(tokens, 3, " ", str)
+    return f"{text[:15]}…" if config.readable and len(text) > 16 else text
 
 def size_of(size):
     """Bytes as text."""
@@ -1032,17 +950,17 @@ def size_of(size):
 
 def feedback_page(seen, config):
     """What happened before the loop: the human's choices, and the reward model that learned from them."""
-    texts = [text_of(tokens[real != 0], config).ljust(16) for tokens, real in zip(seen["responses"], seen["mask"])]
-    opinions = zip(texts, seen["human"], seen["scores"])
-    cells = [[text, f"[human]{human:.2f}[/]", f"[reward]{fixed(score)}[/]", ""] for text, human, score in opinions]
+    words = [text_of(tokens[real != 0], config).ljust(16) for tokens, real in zip(seen["responses"], seen["mask"])]
+    cells = [(*texts, "") for texts in zip(words, map(fixed, seen["human"]), map(fixed, seen["scores"]))]
     pairs = [chosen + rejected for chosen, rejected in zip(cells[:3], cells[len(cells) // 2 :])]
-    first, last, right, most = seen["losses"][0], seen["losses"][-20:].mean(), seen["accuracy"], seen["best_accuracy"]
+    columns = [":chosen", "human:human", "reward:score", ":", f":{'rejected':16}", "human:human", "reward:score", ":"]
+    losses, right, most = seen["losses"], seen["accuracy"], seen["best_accuracy"]
     return f"""Before the loop: [human]human[/] feedback, and a [reward]reward[/] model that learns from it
   Preference pairs: [human]{config.preference_pairs}[/]\tthe human likes vowels mixed evenly with
                                       consonants, no letter twice, and may err
-  Reward model loss: [reward]{first:.3f} -> {last:.3f}[/]\tof -log sigmoid(chosen - rejected)
+  Reward model loss: [reward]{losses[0]:.3f} -> {losses[-20:].mean():.3f}[/]\tof -log sigmoid(chosen - rejected)
   Fresh pairs right: [reward]{right:.1%}[/]\tof at most [human]{most:.1%}[/], choices being so noisy
-{table(["chosen", "human", "score", "", "rejected".ljust(16), "human", "score", ""], pairs)}\
+{table(columns, pairs)}\
     Scores have mean 0, deviation 1 over the reference's responses; the model is
     frozen now. It saw only which of two was chosen. A . ends a word."""
 
@@ -1055,21 +973,19 @@ def step_pages(data, config):
         return f"{listed(values, 3, ' ')} mean {fixed(real_mean(data[name], data['mask']), 3)}"
 
     gae_used, prompts = config.advantage == "gae", data["prompts"]
-    group = f"    Each prompt stands {config.group_size} times: a group of responses to compare.\n"
+    group = "" if gae_used else f"    Each prompt stands {config.group_size} times: a group of responses to compare.\n"
     yield f"""Step 1: Sample prompts
   Batch size: [n]{len(prompts)}[/]
   Prompt shapes: [n]{prompts.shape}[/] tokens\t[n]{text_of(prompts[0], config)}[/]
-{"" if gae_used else group}\
-    Why only prompts: the actor writes its own training data, in step 2."""
-    responses, mask, logits = data["responses"], data["mask"], data["logits"]
+{group}    Why only prompts: the actor writes its own training data, in step 2."""
+    mask = data["mask"]
     yield f"""Step 2: Generate responses ([actor]Actor[/])
   [dim]Actor forward pass...[/]
-  Generated tokens: [actor]{mask.shape}[/]\t[actor]{text_of(responses[0][mask[0] != 0], config)}[/]
-  Actor logits: [actor]{logits.shape}[/]\t[actor]{size_of(logits.nbytes)}[/]; training keeps only slices
+  Generated tokens: [actor]{mask.shape}[/]\t[actor]{text_of(data["responses"][0][mask[0] != 0], config)}[/]
+  Actor logits: [actor]{data["logits"].shape}[/]\t[actor]{size_of(data["logits"].nbytes)}[/]; training keeps only slices
   Old log probs: [actor]{mask.shape}[/]\t[actor]{preview("old_logprobs")}[/]
     Why "old": they stay as they are while step 7 changes the actor.
     [...]: the first response's first tokens and last; mean: over all tokens."""
-    del logits  # the largest array of all
     scores = data["scores"]
     origin = "learned from choices, above" if config.readable else "is random; --preset letters trains one on choices"
     yield f"""Step 3: Score responses ([reward]Reward Model[/])
@@ -1077,22 +993,21 @@ def step_pages(data, config):
   Scores: [reward]{listed(scores)}[/]\tmean [reward]{fixed(scores.mean(), 3)}[/]
     Why one number a response: only a finished response can be judged.
     This reward model {origin}."""
-    kl = data["kl"]
-    error = kl[mask != 0].std() / np.count_nonzero(mask) ** 0.5
+    error = data["kl"][mask != 0].std() / np.count_nonzero(mask) ** 0.5
     mean, k1, k2, k3, exact = (fixed(real_mean(data[name], mask), 3) for name in ("kl", "k1", "k2", "k3", "exact_kl"))
     yield f"""Step 4: Compute KL penalty ([reference]Reference[/])
   [dim]Reference forward pass...[/]
   Reference log probs: [reference]{mask.shape}[/]\t[reference]{preview("ref_logprobs")}[/]
     KL: how far the actor has moved from the reference. Of the sampled token:
     k1 = log p_actor - log p_reference, k2 = k1²/2, k3 = exp(-k1) - 1 + k1
-  KL divergence per token: [reference]{kl.shape}[/]\t[reference]{preview("kl")}[/]
+  KL divergence per token: [reference]{mask.shape}[/]\t[reference]{preview("kl")}[/]
   Mean KL: [reference]{mean}[/]\t± {error:.3f} (standard error) nats a token, {config.kl_estimator}
   By estimator: [reference]k1 {k1}, k2 {k2}, k3 {k3}[/]
   Exact KL: [reference]{exact}[/]\tover all {config.vocab_size} tokens, at each position
     Why k1 is negative on {real_mean(data["k1"] < 0, mask):.0%} of the tokens: it looks at the sampled one only.
     Its mean over many is the exact KL, never below 0. As a reward only k1 has
     the gradient of the KL: with k2 or k3 in its place the actor drifts off."""
-    totals, first, first_kl = data["total_rewards"], fixed(scores[0], 4), fixed(kl[0].sum(), 4)
+    totals, first, first_kl = data["rewards"].sum(axis=1), fixed(scores[0], 4), fixed(data["kl"][0].sum(), 4)
     yield f"""Step 5: Compute total rewards
   reward = reward_model_score - β * KL\tβ = [n]{config.beta}[/]
   Total rewards: [n]{listed(totals)}[/]\tper response, mean [n]{fixed(totals.mean(), 3)}[/]
@@ -1110,6 +1025,7 @@ def step_pages(data, config):
     estimation: how much better than that each token turned out.
     δ[t] = reward[t] + γ value[t+1] - value[t]           γ = {config.gamma}, λ = {config.lam};
     advantage[t] = δ[t] + γ λ advantage[t+1]             all are 0 past the end
+    return[t] = advantage[t] + value[t]                  reward still to come
     Why whiten: the update must not grow with the scale of the scores."""
     else:
         totals, advantages = totals[: config.group_size], data["advantages"][: config.group_size, 0]
@@ -1124,21 +1040,20 @@ def step_pages(data, config):
     The first: {grpo if config.advantage == "grpo" else rloo} = {fixed(advantages[0])}.
     Why a group: what else was written to the same prompt says what was to be
     expected, as a critic would."""
-    low, high, rows, names = f"{1 - config.clip:g}", f"{1 + config.clip:g}", [], ("actor", "critic")[: 1 + gae_used]
+    low, high, names, rows = f"{1 - config.clip:g}", f"{1 + config.clip:g}", ("actor", "critic")[: 1 + gae_used], []
     for epoch, (ratio, clipped) in enumerate(zip(data["ratio"], data["clipped"])):
-        cells = f"{ratio[mask != 0].min():.3f} .. {ratio.max():.3f}", f"{real_mean(clipped, mask):.1%}"
-        losses = [f"[{name}]{fixed(data[f'{name}_loss'][epoch], 4)}[/]" for name in names]
-        rows.append([str(epoch + 1), *(f"[actor]{cell}[/]" for cell in cells), *losses, ""])
-    returns = """    critic loss = mean of (value - return)², where return = advantage + value is
-    the reward still to come from there
-"""
-    last = {name: f"[{name}]{fixed(data[f'{name}_loss'][-1], 3)}[/]\tbefore the last update" for name in names}
+        losses = [fixed(data[f"{name}_loss"][epoch], 4) for name in names]
+        ratios = f"{ratio[mask != 0].min():.3f} .. {ratio.max():.3f}"
+        rows.append([str(epoch + 1), ratios, f"{real_mean(clipped, mask):.1%}", *losses, ""])
+    columns = [":epoch", "actor:ratio", "actor:clipped", *(f"{name}:{name} loss" for name in names), ":"]
+    last = {name: f"[{name}]{fixed(data[f'{name}_loss'][-1], 3)}[/]\tbefore the last update\n" for name in names}
+    critic = "    critic loss = mean of (value - return)²\n" if gae_used else ""
     yield f"""Step 7: PPO update
   Ratio = exp(new_log_prob - old_log_prob)
   Clipped ratio: clip(ratio, {low}, {high})
     actor loss = mean of -min(ratio * A, clipped ratio * A), A: last of step 6
-{returns if gae_used else ""}{table(["epoch", "ratio", "clipped", *(f"{name} loss" for name in names), ""], rows)}\
-{"".join(f"  {name.title()} loss: {text}" + chr(10) for name, text in last.items())}\
+{critic}{table(columns, rows)}\
+{"".join(f"  {name.title()} loss: {loss}" for name, loss in last.items())}\
     clipped: tokens whose gain, and so gradient, the clip takes away: those with
     the ratio above {high} where A > 0, or below {low} where A < 0.
     Why the ratio is 1 in epoch 1: the weights are still those that generated.
@@ -1148,48 +1063,38 @@ def step_pages(data, config):
 
 def cost_page(models, config, arrays):
     """What each model costs, and the largest tensors; arrays holds (name, shape, bytes) of the data."""
-    rows, tensors = [], {each: [] for each in arrays}
+    rows, tensors, epochs = [], {each: [] for each in arrays}, config.ppo_epochs
     for owner, model in zip(OWNERS, (models.actor, models.critic, models.reward_model, models.reference)):
-        # a critic that is absent would cost what is shown: it is shaped as the reward model
-        weights = [(part, w.shape, w.nbytes) for part, w in (model or models.reward_model).items() if part != "bias"]
+        shapes = model or models.reward_model  # those of an absent critic, to show what is saved
+        weights = [(part, w.shape, w.nbytes) for part, w in shapes.items() if part != "bias"]
         size = sum(nbytes for *_, nbytes in weights)
-        cells = [size_of(2 * size), str(1 + config.ppo_epochs), str(config.ppo_epochs), "updated"]
-        if owner in ("reward", "reference"):
-            cells = ["-", "1", "0", "frozen"]
-        cells = [f"[{owner}]{owner}[/]", f"{size // 4:,}", size_of(size), *cells]
-        rows.append(cells if model else [*cells[:-1], "no critic"])
+        learns = [size_of(2 * size), str(1 + epochs), str(epochs), "updated" if model else "no critic"]
+        costs = learns if owner in ("actor", "critic") else ["-", "1", "0", "frozen"]
+        rows.append([owner, f"{size // 4:,}", size_of(size), *costs])
         for each in weights if model else []:
-            tensors.setdefault(each, []).append(cells[0])
+            tensors.setdefault(each, []).append(owner)
     largest = sorted(tensors.items(), key=lambda item: -item[0][2])[:5]
     largest = [(name, str(shape), size_of(size), ", ".join(owners)) for (name, shape, size), owners in largest]
-    return f"""{table(["model", "parameters", "weights", "Adam's m, v", "forward", "backward", ""], rows)}
-{table(["largest tensors", "shape", "memory", "whose"], largest)}\
+    return f"""{table([":model", ":parameters", ":weights", ":Adam's m, v", ":forward", ":backward", ":"], rows)}
+{table([":largest tensors", ":shape", ":memory", ":whose"], largest)}\
     forward, backward: passes over the batch; the actor's first is generation;
     not among the tensors: Adam's m and v, and what a step needs in passing"""
 
 def response_page(data, config, row):
     """One response token by token (--inspect), so that every formula can be checked by hand."""
-    columns = {
-        "actor": ("actor", "old_logprobs"), "ref": ("reference", "ref_logprobs"), "KL": ("reference", "kl"),
-        "rew": ("n", "rewards"), "value": ("critic", "values"), "TD": ("critic", "td_errors"),
-        "adv": ("n", "advantages"), "return": ("critic", "returns"), "white": ("n", "whitened"),
-    }
-    columns = {head: (owner, data[name][row]) for head, (owner, name) in columns.items() if name in data}
-    rows = []
+    heads = "actor:actor reference:ref reference:KL n:rew critic:value critic:TD n:adv critic:return n:white".split()
+    names = "old_logprobs ref_logprobs kl rewards values td_errors advantages returns whitened".split()
+    columns, rows = {head: data[name][row] for head, name in zip(heads, names) if name in data}, []
     for t in np.flatnonzero(data["mask"][row]):
-        numbers = [f"[{owner}]{fixed(x[t], 2 if head == 'white' else 3)}[/]" for head, (owner, x) in columns.items()]
-        ratio = fixed(data["ratio"][-1, row, t]) + "*" * int(data["clipped"][-1, row, t])
         token = text_of(data["responses"][row, t : t + 1], config).strip("[]")
-        rows.append([str(t), f"[actor]{token}[/]", *numbers, f"[actor]{ratio}[/]"])
+        numbers = [fixed(x[t], 2 if head == "n:white" else 3) for head, x in columns.items()]
+        ratio = fixed(data["ratio"][-1, row, t]) + "*" * int(data["clipped"][-1, row, t])
+        rows.append([str(t), token, *numbers, ratio])
     return f"""Response {row}, {len(rows)} tokens, with the ratio of the last epoch (*: clipped)
-{table(["t", "tok", *columns, "ratio"], rows, gap=" ")}\
+{table([":t", "actor:tok", *columns, "actor:ratio"], rows, gap=" ")}\
     actor, ref: log probabilities; rew: reward; adv: advantage; white: whitened.
     With a critic: TD = rew + γ value[t+1] - value and adv = TD + γ λ adv[t+1],
     which are 0 past the end; return = adv + value."""
-
-def label_of(config):
-    """What tells the trainings of one command apart."""
-    return f"β {config.beta:g}, {config.advantage}"
 
 def smooth(values, most=40):
     """Means of at most that many equal shares of a run, so that one sees its course and not its noise."""
@@ -1197,10 +1102,9 @@ def smooth(values, most=40):
 
 def chart(console, x_label, curves, x_text="{:.0f}".format, width=58, height=12):
     """A page with curves over x. Each is (name, owner, x, y, side): its scale stands left (0) or right (1)."""
-    marks, (bar, corner, dash) = ("*o+x#@%&", "|+-") if console.options.ascii_only else ("●○▲△■□◆◇", "│└─")
-    grid = [[" "] * width for _ in range(height)]
-    every_x = np.concatenate([x for _, _, x, _, _ in curves])
-    left, right = every_x.min(), every_x.max()
+    marks, bar, corner, dash = ("*o+x#@%&", *"|+-") if console.options.ascii_only else ("●○▲△■□◆◇", *"│└─")
+    grid, page = [[" "] * width for _ in range(height)], ""
+    left, *_, right = np.sort(np.concatenate([x for _, _, x, _, _ in curves]))
     sides = [np.concatenate([y for *_, y, at in curves if at == side]) for side in sorted({at for *_, at in curves})]
     for mark, (_, owner, x, y, side) in zip(marks, curves):
         along = np.linspace(0, len(x) - 1, 1 + width * (len(x) - 1))  # on the line from each value to the next
@@ -1209,9 +1113,9 @@ def chart(console, x_label, curves, x_text="{:.0f}".format, width=58, height=12)
         rows = (sides[side].max() - y) / (np.ptp(sides[side]) or 1) * (height - 1)
         for row, column in zip(rows.round().astype(int), columns.round().astype(int)):
             grid[row][column] = f"[{owner}]{mark}[/]"
-    page, shown = "", (0, height // 2, height - 1)
     for row, line in enumerate(grid):
-        scales = [fixed(y.max() - np.ptp(y) * row / (height - 1)) if row in shown else "" for y in sides]
+        shown = row in (0, height // 2, height - 1)
+        scales = [fixed(y.max() - np.ptp(y) * row / (height - 1)) if shown else "" for y in sides]
         page += f"  {scales[0]:>6} {bar}{''.join(line)}{''.join(f'{bar} {scale}' for scale in scales[1:])}[n][/]\n"
     legend = [f"[{owner}]{mark} {name}[/]{' (right)' * side}" for mark, (name, owner, *_, side) in zip(marks, curves)]
     return f"""{page}         {corner}{dash * width}
@@ -1219,207 +1123,167 @@ def chart(console, x_label, curves, x_text="{:.0f}".format, width=58, height=12)
           {"   ".join(legend)}"""
 
 COLUMNS = {
-    "score": ("reward", 2, "objective/scores"), "human": ("human", 2, "objective/human_scores"),
-    "KL": ("reference", 2, "objective/kl"), "total": ("n", 2, "objective/rlhf_reward"),
-    "entropy": ("actor", 1, "objective/entropy"), "clipped": ("actor", 3, "policy/clipfrac_avg"),
-    "length": ("actor", 1, "val/response_length"),
+    "reward:score": (2, "objective/scores"), "human:human": (2, "objective/human_scores"),  # owner:head, digits, metric
+    "reference:KL": (2, "objective/kl"), "n:total": (2, "objective/rlhf_reward"),
+    "actor:entropy": (1, "objective/entropy"), "actor:clipped": (3, "policy/clipfrac_avg"),
+    "actor:length": (1, "val/response_length"),
 }
 
-def figures(metrics, heads=COLUMNS):
-    """Some of a step's metrics as text, each in its owner's colour."""
-    columns = (COLUMNS[head] for head in heads)
-    return [f"[{owner}]{fixed(metrics.get(name, np.nan), digits)}[/]" for owner, digits, name in columns]
-
-def training_page(config, history, texts):
+def training_page(label, config, history, texts):
     """A training: some of its steps with a response in words, and hacking where it was measured."""
-    notes, best, scores = "", -1, smooth(history["objective/scores"])
-    if config.kl_estimator != "k1" and config.beta:
-        notes += f"    As a reward {config.kl_estimator} does not have the gradient of the KL: the actor drifts off.\n"
+    drifts = f"    As a reward {config.kl_estimator} does not have the gradient of the KL: the actor drifts off.\n"
+    notes, best = drifts if config.kl_estimator != "k1" and config.beta else "", 0
     if config.readable:
-        human = smooth(history["objective/human_scores"])
-        best = int(smooth(np.arange(config.steps))[np.argmax(human)])
-        if human[-1] < human[0] and scores[-1] > scores[0]:
-            low, high, first, peak, last = (fixed(x) for x in (scores[0], scores[-1], human[0], human.max(), human[-1]))
-            notes += f"    Reward hacking: the score rose from {low} to {high}, the human's opinion went\n"
-            notes += f"    from {first} to {peak} and down to {last}: only the model likes the last words.\n"
-    rows, quadratic = [], ((config.steps - 1) * np.linspace(0, 1, 10) ** 2).round()  # denser where most happens
-    for step in sorted({*quadratic.astype(int), best} - {-1}):
-        metrics = {name: values[step] for name, values in history.items()}
-        mark = "[human]*[/]" if step == best else ""
-        rows.append([f"{step + 1}{mark}", *figures(metrics), f"[actor]{texts[step]}[/]"])
-    return f"""=== RLHF Training, {label_of(config)} ===
+        score, human = smooth(history["objective/scores"]), smooth(history["objective/human_scores"])
+        best = 1 + int(smooth(np.arange(config.steps))[human.argmax()])
+        if human[-1] < human[0] and score[-1] > score[0]:
+            low, high, first, peak, last = map(fixed, (score[0], score[-1], human[0], human.max(), human[-1]))
+            notes += f"""    Reward hacking: the score rose from {low} to {high}, the human's opinion went
+    from {first} to {peak} and down to {last}: only the model likes the last words.\n"""
+    rows, steps = [], 1 + ((config.steps - 1) * np.linspace(0, 1, 10) ** 2).round().astype(int)  # denser at first
+    for step in sorted({*steps, best} - {0}):
+        numbers = [fixed(history[name][step - 1], digits) for digits, name in COLUMNS.values()]
+        rows.append([f"{step}{'*' if step == best else ''}", *numbers, texts[step - 1]])
+    return f"""=== RLHF Training, {label} ===
     {config.steps} steps of {config.batch_size} responses. Means per response, clipped per token;
     total = score - β * KL{"; *: where the human likes them best" if config.readable else ""}.
-{table(["step", *COLUMNS, "a response"], rows)}{notes}"""
-
-def course_page(console, config, history, gain):
-    """What matters over the steps: the score, the human's opinion on a scale of its own, and what theory allows."""
-    steps = smooth(np.arange(1, config.steps + 1))
-    curves = [("score", "reward", steps, smooth(history["objective/scores"]), 0)]
-    if config.readable:
-        curves.append(("human", "human", steps, smooth(history["objective/human_scores"]), 1))
-    if config.beta:
-        curves.append(("score - β KL", "n", steps, smooth(history["objective/rlhf_reward"]), 0))
-    if gain:
-        curves.append(("J*, its limit", "reference", steps[[0, -1]], np.full(2, gain["J_star"]), 0))
-    return f"The course of the training\n{chart(console, 'step, smoothed', curves)}"
+{table([":step", *COLUMNS, "actor:a response"], rows).replace("*", "[human]*[/]")}{notes}"""
 
 def share_of(gain):
     """The share with its standard error; a dash where what could be gained is lost in noise, "none" after a loss."""
-    share, error = gain["share"], gain.get("share_error", 0)
-    return "-" if np.isnan(share) else "none" if share < 0 else f"{share:.0%} ± {error:.1%}"
+    share = gain.get("share", np.nan)
+    return "-" if np.isnan(share) else "none" if share < 0 else f"{share:.0%} ± {gain['share_error']:.1%}"
 
-def theory_page(gain, config):
-    """Where training stands against the best that any policy can reach."""
+def course_page(console, config, history, gain):
+    """What mattered over the steps, and where training stands against the best that any policy can reach."""
+    steps = smooth(np.arange(1, config.steps + 1))
+    score, human, total = (smooth(history[f"objective/{name}"]) for name in ("scores", "human_scores", "rlhf_reward"))
+    curves = [("score", "reward", steps, score, 0)]
+    curves += [("human", "human", steps, human, 1)] if config.readable else []
+    curves += [("score - β KL", "n", steps, total, 0)] if config.beta else []
+    curves += [("J*, its limit", "reference", steps[[0, -1]], np.full(2, gain["J_star"]), 0)] if gain else []
+    page = f"The course of the training\n{chart(console, 'step, smoothed', curves)}\n\n"
     if not gain:
-        return "    No comparison with theory: at these sizes it would cost more than it tells."
-    most = "at most " if gain["share"] >= 0 else ""
+        return f"{page}    No comparison with theory: at these sizes it would cost more than it tells."
     why = "lost in noise: the gain at stake is too small" if np.isnan(gain["share"]) else "± its standard error"
-    score, kl = f"[reward]{fixed(gain['score'], 3)}[/]", f"[reference]{fixed(gain['kl'], 3)}[/]"
-    page = f"""Against theory: J = score - β * KL per response, on fresh prompts
-  J {"of the reference" if config.drift else "at the start"}: [n]{fixed(gain["J_start"], 3)}[/]\tthe reference's score
-  J now: [n]{fixed(gain["J"], 3)}[/]\t{score} - {config.beta} * {kl}
-  J*: at least [n]{fixed(gain["J_star"], 3)}[/]\tno policy exceeds J*; estimated from below
-  Share of the attainable gain: {most}[n]{share_of(gain)}[/]
-    (J - start) / (J* - start), {why}"""
     if config.gamma < 1 and config.advantage == "gae":
-        page += f"\n    J is not discounted; with γ = {config.gamma} training maximised a discounted reward."
-    return page
+        why += f"\n    J is not discounted; with γ = {config.gamma} training maximised a discounted reward."
+    start, now, limit, score, kl = (fixed(gain[name], 3) for name in ("J_start", "J", "J_star", "score", "kl"))
+    return f"""{page}Against theory: J = score - β * KL per response, on fresh prompts
+  J {"of the reference" if config.drift else "at the start"}: [n]{start}[/]\tthe reference's score
+  J now: [n]{now}[/]\t[reward]{score}[/] - {config.beta} * [reference]{kl}[/]
+  J*: at least [n]{limit}[/]\tno policy exceeds J*; estimated from below
+  Share of the attainable gain: {"at most " if gain["share"] >= 0 else ""}[n]{share_of(gain)}[/]
+    (J - start) / (J* - start), {why}"""
 
 def comparison_page(console, runs):
-    """The trainings side by side; runs holds (config, history, gain, responses) of each."""
-    rows, starts, owners = [], [], {"score": "reward", "human": "human", "kl": "reference", "J": "n"}
-    for config, history, gain, texts in runs:
-        if not gain:  # too dear at these sizes: the figures of the last step
-            last = {"score": "scores", "kl": "kl", "J": "rlhf_reward"}
-            gain = {name: history[f"objective/{metric}"][-1] for name, metric in last.items()} | {"share": np.nan}
-        numbers = [f"[{owner}]{fixed(gain.get(name, np.nan))}[/]" for name, owner in owners.items()]
+    """The trainings side by side; runs holds (label, config, history, gain, responses) of each."""
+    rows, curves, start = [], [], np.mean([gain.get("J_start", np.nan) for *_, gain, _ in runs])
+    last = {"score": "scores", "human": "human_scores", "kl": "kl", "J": "rlhf_reward"}  # where there is no theory
+    for (label, config, history, gain, texts), colour in zip(runs, ["human", "n", "yellow", "blue"] * len(runs)):
+        numbers = [gain.get(name, history[f"objective/{metric}"][-1]) for name, metric in last.items()]
         learners = 1 + (config.advantage == "gae")
         passes = f"{learners * (1 + config.ppo_epochs) + 2}+{learners * config.ppo_epochs}"
-        rows.append([label_of(config), *numbers, share_of(gain), passes, f"[actor]{texts[-1]}[/]"])
-        starts.append(gain.get("J_start", np.nan))
-    page = f"""The same training, compared{" on fresh prompts" if runs[0][2] else ""}
-{table(["", "score", "human", "KL", "J", "share", "passes", "a response"], rows)}\
-    J = score - β * KL, about {fixed(np.mean(starts))} at the start. share: of the gain in J that
+        rows.append([label, *map(fixed, numbers), share_of(gain), passes, texts[-1]])
+        if config.readable:
+            roots = smooth(history["objective/kl"]).clip(0) ** 0.5
+            curves.append((label, colour, roots, smooth(history["objective/human_scores"]), 0))
+    columns = [":", "reward:score", "human:human", "reference:KL", "n:J", ":share", ":passes", "actor:a response"]
+    page = f"""The same training, compared{" on fresh prompts" if runs[0][3] else ""}
+{table(columns, rows)}\
+    J = score - β * KL, about {fixed(start)} at the start. share: of the gain in J that
     can be had at this β, at most, ± standard error. passes: forward+backward of
-    all models in a step.
-"""
-    if not runs[0][0].readable:
-        return page
-    curves = []
-    for (config, history, *_), owner in zip(runs, ["human", "n", "yellow", "blue"] * len(runs)):
-        kl, human = smooth(history["objective/kl"]), smooth(history["objective/human_scores"])
-        curves.append((label_of(config), owner, kl.clip(0) ** 0.5, human, 0))
-    return f"""{page}
-The human's opinion over KL, from the start at the left
-{chart(console, "KL in nats, on a scale of square roots", curves, lambda root: f"{root**2:.1f}")}"""
-
-def make_progress(label, steps):
-    """Live figures at the bottom of a terminal; nothing elsewhere, and never in an export."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn  # slow to import
-
-    live = sys.stdout.isatty()
-    columns = TextColumn(label), BarColumn(12), MofNCompleteColumn(), TextColumn("{task.description}")
-    options = {"console": make_console(quiet=not live), "transient": True, "disable": not live}
-    progress = Progress(*columns, TimeRemainingColumn(compact=True), **options)
-    progress.add_task("", total=steps)
-    return progress
-
-def source_of(name):
-    """Source of a function of this file, after the functions, classes and constants that it needs: ready to run."""
-    names, wanted, found = list(globals()), [name], {"np": "import numpy as np\n\n"}
-    text = Path(__file__).read_text(encoding="utf-8")
-    while wanted:
-        value = globals()[each := wanted.pop()]
-        if each in found or each.startswith("__"):
-            continue
-        assigned = re.search(rf"^(?:\w+, )*{each}(?:, \w+)* = .*\n(?:[ }}].*\n)*", text, re.MULTILINE)
-        if getattr(value, "__module__", None) == __name__:
-            found[each] = inspect.getsource(value)
-        elif assigned:
-            found[each] = assigned[0]
-        else:
-            found[each] = f"from {value.__module__} import {each}\n" if callable(value) else f"import {each}\n"
-        parts = ast.walk(ast.parse(found[each]))
-        wanted += [part.id for part in parts if isinstance(part, ast.Name) and part.id in names]
-    return "\n".join(dict.fromkeys(found[each] for each in ["np", *sorted(found, key=names.index)]))
+    all models in a step."""
+    if curves:
+        page += "\n\nThe human's opinion over KL, from the start at the left\n"
+        page += chart(console, "KL in nats, on a scale of square roots", curves, lambda root: f"{root**2:.1f}")
+    return page
 
 def show_source(console, name):
-    """Print a function, ready to paste; without a name the list of those that a chapter can include."""
-    if not name:
-        anchored = re.findall(r"^# ANCHOR\b: (\w+)", Path(__file__).read_text(encoding="utf-8"), re.MULTILINE)
-        show(console, "\n".join(f"  [n]{each:20}[/]{globals()[each].__doc__.splitlines()[0]}" for each in anchored))
-        return
-    source = Text(source_of(name))
-    if console.is_terminal:  # which alone pays for these imports
-        from pygments.token import Comment, Keyword, Name, String
-        from rich.syntax import ANSISyntaxTheme, Style, Syntax
-
-        styles = {Keyword: Style(bold=True), Name.Function: Style(color="cyan"), String: Style(color="green")}
-        theme = ANSISyntaxTheme({**styles, String.Doc: Style(dim=True), Comment: Style(dim=True)})
-        source = Syntax("", "python", theme=theme, background_color="default").highlight(source.plain)
-    console.print(source, soft_wrap=True)
+    """Print a function of this file after all in the file that it needs, ready to paste; or the list of the anchors."""
+    text, names = Path(__file__).read_text(encoding="utf-8"), [each for each in globals() if each[:2] != "__"]
+    if name:
+        wanted, found = ["np", name], {}
+        for each in wanted:  # which grows meanwhile
+            constant = rf"^(?:\w+, )*{each}(?:, \w+)* = (?:{{\n(?:.*\n)*?}}|.*)\n"
+            line = re.search(rf"{constant}|^ *(?:from \S+ )?import .*\b{each}\b.*\n", text, re.MULTILINE)
+            found[each] = line[0].lstrip() if line else inspect.getsource(globals()[each])
+            parts = ast.walk(ast.parse(found[each]))
+            wanted += {part.id for part in parts if isinstance(part, ast.Name) and part.id in names}.difference(wanted)
+        text = Text("\n".join(dict.fromkeys(found[each] for each in sorted(found, key=names.index))))
+        text.highlight_regex(r"\b(def|class|return|yield|raise|if|else|for|in|not|and|or|lambda)\b", "bold")
+        text.highlight_regex(r"(?<=def )\w+", "cyan")
+        text.highlight_regex(r'"""[^"]*"""|#.*', "not bold dim")
+    else:
+        anchored = re.findall(r"^# ANCHOR\b: (\w+)", text, re.MULTILINE)
+        text = "\n".join(f"  [n]{each:20}[/]{globals()[each].__doc__.splitlines()[0]}" for each in anchored) + "\n"
+    console.print(text, soft_wrap=True)
 
 # ------------------------------------------------------------------ 9. the command line
 
 LETTERS_PRESET = {"vocab_size": 27, "batch_size": 64, "prompt_length": 8, "response_length": 16, "beta": 0.2}
-PRESETS, EXPORTS = {"gpt2": {}, "letters": LETTERS_PRESET}, [".svg", ".html", ".txt"]
+PRESETS = {"gpt2": {}, "letters": LETTERS_PRESET}
 
-# Of each trainer: version, command, what stands before and after a name, what it has to be told besides, and what it
-# does differently; a text that begins with a method is for that method. The names of the settings stand in Config.
+# The same experiment in other trainers: {names} are Config's, some converted. --help finds the other names here, too.
 RECIPES = {
-    "trl": ("TRL 1.16.0", "trl {method}", "--", " ", "model_name_or_path MODEL, dataset_name DATASET, "
-        "reward_model_name_or_path REWARD_MODEL, rloo:normalize_advantages True",
-        "no flag for --prompt-length, --kl-estimator, --gamma, --lam; rloo:ratio and clip are per response; "
-        "grpo:KL is in the loss, by k3; the learning rate falls with each update, here with each batch"),
-    "openrlhf": ("OpenRLHF 0.11.2", "python3 -m openrlhf.cli.train_ppo_ray", "--", " ", "data.prompt_dataset DATASET, "
-        "data.input_key prompt, actor.model_name_or_path MODEL, gae:critic.model_name_or_path MODEL, "
-        "reward.model_name_or_path REWARD_MODEL, train.colocate_all, vllm.num_engines 8",
-        "gae:the value loss is 0.5 x the larger of plain and clipped; rloo:KL is subtracted after the baseline, and "
-        "nothing is whitened; grpo:KL is subtracted after mean and deviation; the learning rate falls by a cosine"),
-    "verl": ("verl 0.9.1", "python3 -m verl.trainer.main_ppo", "", "=", "actor_rollout_ref.model.path=MODEL, "
-        "gae:critic.model.path=MODEL, reward.reward_model.enable=True, reward.reward_model.model_path=REWARD_MODEL, "
-        "data.train_files=DATASET.parquet, data.val_files=DATASET.parquet, algorithm.use_kl_in_reward=True, "
-        "actor_rollout_ref.actor.use_dynamic_bsz=True, actor_rollout_ref.rollout.name=vllm, "
-        "reward.reward_model.rollout.name=vllm",
-        "gae:the value loss is 0.5 x the larger of plain and clipped; rloo:nothing is whitened; "
-        "the learning rate does not fall; where A < 0 the ratio is clipped at 3, too"),
+    "trl": """# TRL 1.16.0, with its own settings for GPUs
+trl {method} --model_name_or_path MODEL --dataset_name DATASET --reward_model_name_or_path REWARD_MODEL
+    --per_device_train_batch_size {batch_size} --num_generations {group_size} --max_completion_length {response_length}
+    --max_steps {steps_in_updates} --beta {beta} --epsilon {clip} --num_iterations {ppo_epochs}
+    --learning_rate {learning_rate} --seed {seed}
+# no flag for --prompt-length, --kl-estimator, --gamma, --lam""",
+    "openrlhf": """# OpenRLHF 0.11.2, with its own settings for GPUs
+python3 -m openrlhf.cli.train_ppo_ray --data.prompt_dataset DATASET --data.input_key prompt --vllm.num_engines 8
+    --actor.model_name_or_path MODEL --reward.model_name_or_path REWARD_MODEL --train.colocate_all --train.seed {seed}
+    --train.batch_size {batch_size} --rollout.batch_size {batch_size_in_prompts} --train.max_epochs {ppo_epochs}
+    --rollout.n_samples_per_prompt {group_size} --data.max_samples {steps_in_prompts} --actor.eps_clip {clip}
+    --data.max_len {prompt_length_and_response} --rollout.max_new_tokens {response_length} --algo.kl.init_coef {beta}
+    --algo.kl.estimator {kl_estimator} --algo.advantage.estimator {advantage_there} --actor.adam.lr {learning_rate}
+gae:    --algo.advantage.gamma {gamma} --algo.advantage.lambd {lam}
+gae:    --critic.model_name_or_path MODEL --critic.adam.lr {learning_rate}""",
+    "verl": """# verl 0.9.1, with its own settings for GPUs
+python3 -m verl.trainer.main_ppo actor_rollout_ref.model.path=MODEL actor_rollout_ref.actor.use_dynamic_bsz=True
+    reward.reward_model.enable=True reward.reward_model.model_path=REWARD_MODEL reward.reward_model.rollout.name=vllm
+    data.train_files=DATASET.parquet data.val_files=DATASET.parquet actor_rollout_ref.rollout.name=vllm
+    data.train_batch_size={batch_size_in_prompts} actor_rollout_ref.actor.ppo_mini_batch_size={batch_size_in_prompts}
+    data.max_prompt_length={prompt_length} data.max_response_length={response_length} algorithm.use_kl_in_reward=True
+    trainer.total_training_steps={steps} algorithm.kl_ctrl.kl_coef={beta} algorithm.kl_penalty={kl_estimator}
+    algorithm.adv_estimator={advantage} actor_rollout_ref.rollout.n={group_size} actor_rollout_ref.rollout.seed={seed}
+    actor_rollout_ref.actor.clip_ratio_low={clip} actor_rollout_ref.actor.clip_ratio_high={clip} data.seed={seed}
+    actor_rollout_ref.actor.ppo_epochs={ppo_epochs} actor_rollout_ref.actor.optim.lr={learning_rate}
+gae:    algorithm.gamma={gamma} algorithm.lam={lam} critic.model.path=MODEL critic.optim.lr={learning_rate}""",
 }
 
 def recipe(trainer, config):
     """The command that starts the same experiment in a trainer, and in comments what is different there."""
-    version, command, before, after, *texts = RECIPES[trainer]
-    mine = re.compile(f"(?:{config.advantage}:|(?!gae:|rloo:|grpo:))(.*)")
-    found = ([mine.match(text) for text in each.split(mark)] for each, mark in zip(texts, (", ", "; ")))
-    extras, notes = ([match[1] for match in matches if match] for matches in found)
-    group = 1 if config.advantage == "gae" else config.group_size
-    derived = {
-        "group": group, "prompts": config.batch_size // group, "samples": config.steps * config.batch_size // group,
-        "updates": config.steps * config.ppo_epochs, "length": config.prompt_length + config.response_length,
-        "estimator": config.advantage.replace("grpo", "group_norm"),
+    method, group = config.advantage, 1 if config.advantage == "gae" else config.group_size
+    values = asdict(config) | {
+        "group_size": group, "batch_size_in_prompts": config.batch_size // group,
+        "steps_in_prompts": config.steps * config.batch_size // group,
+        "steps_in_updates": config.steps * config.ppo_epochs,
+        "prompt_length_and_response": config.prompt_length + config.response_length,
+        "advantage_there": method.replace("grpo", "group_norm"),
+        "method": method.replace("rloo", "rloo --normalize_advantages True"),
     }
-    lines = [command.format(method=config.advantage), *(before + each for each in extras)]
-    for each in fields(config):
-        for name, _, value in (name.partition("=") for name in each.metadata["peers"][trainer].split()):
-            if config.advantage == "gae" or not (name.startswith("critic") or each.name in ("gamma", "lam")):
-                lines.append(f"{before}{name}{after}{value.format(**derived) or getattr(config, each.name)}")
-    notes = ["MODEL, DATASET, REWARD_MODEL are yours to name; a real model wants a learning rate of about 1e-6",
-             "what is not named here (optimizer, warm-up, gradient clipping) is as there by default", *notes]
-    heading = f"# {version}, with its own settings for GPUs"
-    return "\n".join([heading, " \\\n    ".join(lines), *(f"# {note}" for note in notes)])
+    lines = (line for line in RECIPES[trainer].splitlines() if method == "gae" or not line.startswith("gae:"))
+    page = "\n".join(line.removeprefix("gae:") for line in lines).format(**values)
+    page = re.sub(r"\s+(?=--[\w.]+ |[\w.]+=)", " \\\\\n    ", page)  # a setting a line
+    return f"""{page}
+# MODEL, DATASET, REWARD_MODEL are yours to name; a real model wants a learning rate of about 1e-6
+# what is not named here (optimizer, schedule) is as there by default; README says where the algorithms differ"""
 
 def read_command_line(argv):
     """Options, and a Config for each beta and advantage; where something is wrong, exits with 2 and one sentence."""
-    parser = argparse.ArgumentParser(
-        prog="rlhf_loop_pseudo.py", usage="%(prog)s [flags], --help lists them", allow_abbrev=False,
-        description="The complete RLHF-PPO training loop, with real numbers: one step shown in full, or training.")
+    parser = argparse.ArgumentParser(prog="rlhf_loop_pseudo.py", usage="%(prog)s [flags], --help lists them",
+                                     description="The RLHF-PPO training loop, with real numbers.", allow_abbrev=False)
     add = parser.add_argument
     add("--preset", choices=PRESETS, default="gpt2", help="sizes to start from; explicit flags win; default gpt2")
     for each in fields(Config):
-        elsewhere = [f"{peer}: {re.sub('=[^ ]*', '', name)}" for peer, name in each.metadata["peers"].items() if name]
+        names = {peer: re.findall(rf"([\w.]+)[ =]{{{each.name}(?:_\w+)?}}", page) for peer, page in RECIPES.items()}
+        elsewhere = [f"{peer}: {' '.join(dict.fromkeys(found))}" for peer, found in names.items() if found]
         text = "; ".join([each.metadata["meaning"], each.metadata["rule"][0], f"default {each.default}", *elsewhere])
-        several, metavar = "+" if each.name in ("beta", "advantage") else None, each.name.split("_")[-1].upper()
-        add("--" + each.name.replace("_", "-"), type=each.type, nargs=several, metavar=metavar, help=text)
+        several = "+" if each.name in ("beta", "advantage") else None
+        add("--" + each.name.replace("_", "-"), type=each.type, nargs=several, help=text)
     add("--inspect", type=int, metavar="ROW", help="show a response of the walk-through token by token; default none")
     add("--pause", action="store_true", help="wait for Enter after every step")
     add("--show", nargs="?", const="", metavar="NAME", help="print a function and its helpers; without a name, a list")
@@ -1434,41 +1298,36 @@ def read_command_line(argv):
     betas, advantages = (x if isinstance(x, list) else [x] for x in (settings.pop("beta"), settings.pop("advantage")))
     try:
         configs = [Config(**settings, beta=beta, advantage=advantage) for beta in betas for advantage in advantages]
+        refuse(options, configs)
     except ValueError as problem:
         parser.error(str(problem))
-    for wrong in problems(options, configs):
-        parser.error(wrong)
     return options, configs
 
-def problems(options, configs):
-    """Yields a sentence for each thing that is asked for and cannot be done."""
+def refuse(options, configs):
+    """Raises ValueError with a sentence where something is asked for that cannot be done."""
     config, training = configs[0], configs[0].steps > 1
     if options.show and not callable(globals().get(options.show)):
-        yield f"--show: {options.show!r} is no function of this file; --show alone lists some"
+        raise ValueError(f"--show: {options.show!r} is no function of this file; --show alone lists some")
     if options.recipe == "trl" and "gae" in [each.advantage for each in configs]:
-        yield "--recipe trl: TRL has no PPO since 1.13, so nothing for --advantage gae; it has rloo and grpo"
+        raise ValueError("--recipe trl: TRL has no PPO since 1.13, so nothing for --advantage gae, but rloo and grpo")
     if len(configs) > 1 and not training:
-        yield "--beta, --advantage: several values are for training, which --steps above 1 asks for"
+        raise ValueError("--beta, --advantage: several values are for training, which --steps above 1 asks for")
     if options.inspect is not None and (training or not 0 <= options.inspect < config.batch_size):
-        yield f"--inspect: {options.inspect} is no row of a walk-through; 0 to {config.batch_size - 1} are"
+        raise ValueError(f"--inspect: {options.inspect} is no row of a walk-through; 0 to {config.batch_size - 1} are")
     if options.pause and (training or not sys.stdin.isatty()):
-        yield "--pause: waits for Enter in a terminal, after every step of the walk-through"
-    for path, flag, kinds in ((options.save, "--save", [".npz"]), (options.export, "--export", EXPORTS)):
-        if path and path.suffix not in kinds:
-            yield f"{flag}: {str(path)!r} does not end in {' or '.join(kinds)}"
-        if path and (path.is_dir() or not os.access(path.parent, os.W_OK)):
-            yield f"{flag}: {str(path)!r} cannot be written; its folder has to be there and writable"
-    weights, logits = config.width * (config.vocab_size + config.width), config.response_length * config.vocab_size
-    texts = max(16 * config.batch_size, 10 * config.preference_pairs * config.readable)  # with what a pass needs
-    length = config.prompt_length + config.response_length
-    kept = 32 * config.steps * len(configs) if training else config.batch_size * logits
-    needed = 4 * (20 * weights + texts * length * config.width + 3 * length**2 + kept)
-    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
-    if needed > available:
-        flags = "--batch-size, --response-length, --vocab-size, --width" + ", --preference-pairs, --steps" * training
-        yield f"{flags}: {needed // 10**9:,} GB are needed, of {available // 10**9} GB of memory"
+        raise ValueError("--pause: waits for Enter in a terminal, after every step of the walk-through")
+    for path, flag, kinds in ((options.save, "--save", ".npz"), (options.export, "--export", ".svg .html .txt")):
+        if path and (path.suffix not in kinds.split() or path.is_dir() or not os.access(path.parent, os.W_OK)):
+            raise ValueError(f"{flag}: {str(path)!r} is no file ({kinds}) in a folder that is there and writable")
+    tokens = config.batch_size * (config.prompt_length + config.response_length)
+    logits = 0 if training else config.batch_size * config.response_length * config.vocab_size
+    needed = 4 * (20 * config.width * (config.vocab_size + config.width) + 16 * tokens * config.width + logits)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
+    if needed > memory:
+        sizes = "--batch-size, --prompt-length, --response-length, --vocab-size, --width"
+        raise ValueError(f"{sizes}: {needed // 10**9:,} GB are needed, of {memory // 10**9} GB of memory")
 
-def start(console, config, kept, reward_model=None):
+def set_up(console, config, kept, reward_model=None):
     """Models and random numbers; where tokens are letters, the human chooses and the reward model learns, once."""
     rng = np.random.default_rng(config.seed)
     models = init_models(config, rng)
@@ -1483,7 +1342,7 @@ def start(console, config, kept, reward_model=None):
 def run_walk_through(console, options, config, kept):
     """Show one step; kept collects the arrays for --save."""
     show(console, f"=== RLHF Training Loop Demo ===\n{LEGEND}")
-    models, rng = start(console, config, kept)
+    models, rng = set_up(console, config, kept)
     pages, arrays = step_pages(kept, config), []
     for stage in walk_through(models, config, rng):
         kept.update(stage)
@@ -1491,8 +1350,7 @@ def run_walk_through(console, options, config, kept):
         show(console, next(pages))
         kept.pop("logits", None)
         if options.pause:
-            print("  [Enter] ", end="", flush=True)
-            sys.stdin.readline()
+            input("  [Enter] ")
     show(console, cost_page(models, config, arrays))
     if options.inspect is not None:
         show(console, response_page(kept, config, options.inspect))
@@ -1502,34 +1360,34 @@ def run_trainings(console, configs, kept):
     runs, steps, reward_model = [], configs[0].steps, None
     show(console, LEGEND)
     for run, config in enumerate(configs):
-        models, rng = start(console, config, kept, reward_model)
+        label = f"β {config.beta:g}, {config.advantage}"
+        models, rng = set_up(console, config, kept, reward_model)
         reward_model = models.reward_model  # frozen, so it serves all
-        history, texts = {}, []
-        with make_progress(label_of(config), steps) as progress:
+        history, texts, begun = {"objective/human_scores": np.full(steps, np.nan)}, [], time.monotonic()
+        with make_console(quiet=not sys.stdout.isatty()).status("") as live:  # another console: never in an export
             for metrics, response in train(models, config, rng):
                 for name, value in metrics.items():
                     history[name] = kept.setdefault(name, np.full((len(configs), steps), np.nan))[run]
                     history[name][len(texts)] = value
                 texts.append(text_of(response, config))
-                live = zip(("score", "human", "KL"), figures(metrics, ("score", "human", "KL")))
-                progress.update(0, advance=1, description=" ".join(map(" ".join, live)))
+                left = (time.monotonic() - begun) * (steps / len(texts) - 1)
+                live.update(f"{label} {len(texts)}/{steps} [reward]score {fixed(metrics['objective/scores'])}[/] "
+                            f"[human]human {fixed(metrics.get('objective/human_scores', np.nan))}[/] "
+                            f"[reference]KL {fixed(metrics['objective/kl'])}[/] {left:.0f} s left")
         rng = np.random.default_rng([config.seed, 2])  # so that theory and training do not disturb each other
-        gain = attainable_gain(models, config, rng) if theory_is_cheap(config) else {}
+        gain = attainable_gain(models, config, rng)
         for name, value in gain.items():
             kept.setdefault(f"theory/{name}", np.full(len(configs), np.nan))[run] = value
-        runs.append((config, history, gain, texts))
-        show(console, training_page(config, history, texts))
-        if len(configs) == 1:
-            show(console, course_page(console, config, history, gain))
-            show(console, theory_page(gain, config))
-    if len(configs) > 1:
-        show(console, comparison_page(console, runs))
+        runs.append((label, config, history, gain, texts))
+        show(console, training_page(label, config, history, texts))
+    show(console, comparison_page(console, runs) if len(runs) > 1 else course_page(console, config, history, gain))
 
-def write_whole(path, data):
-    """Write bytes to a new file beside path and put it in path's place: whole, or not at all."""
+def write_whole(path, write):
+    """Let write fill a new file beside path and put it in path's place: whole, or not at all."""
     partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.write_bytes(data)
+        with partial.open("wb") as file:
+            write(file)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -1538,37 +1396,29 @@ def save(path, configs, kept):
     """Write what kept holds, and the configuration as JSON; a single training's arrays without the axis of runs."""
     if configs[0].steps > 1 and len(configs) == 1:
         kept = {name: array if name.startswith("preferences") else array[0] for name, array in kept.items()}
-    config = asdict(configs[0])
-    for name in ("beta", "advantage"):
-        values = [getattr(each, name) for each in configs]
-        config[name] = values if len(set(values)) > 1 else values[0]
-    np.savez(file := io.BytesIO(), config=json.dumps(config), **kept)
-    write_whole(path, file.getvalue())
+    values = {name: [getattr(each, name) for each in configs] for name in asdict(configs[0])}
+    config = {name: each if len(set(each)) > 1 else each[0] for name, each in values.items()}
+    write_whole(path, lambda file: np.savez(file, config=json.dumps(config), **kept))
 
 def export(path, console):
     """Write what was shown in the format of path's suffix, in colours that can be read on black."""
     text = console.export_text(clear=False)
     console.width = 2 + max([80, *map(len, text.splitlines())])  # so that nothing touches the edge
-    red, green, yellow, blue = (255, 120, 120), (80, 210, 120), (220, 200, 90), (130, 170, 255)
-    colours = [(0, 0, 0), red, green, yellow, blue, (220, 140, 230), (80, 200, 220), (255, 255, 255)]
-    theme = TerminalTheme((12, 12, 12), (255, 255, 255), colours)
+    colours = "000000 ff7878 50d278 dcc85a 82aaff dc8ce6 50c8dc ffffff".split()  # black, red, green and so on
+    theme = TerminalTheme((12, 12, 12), (255, 255, 255), [tuple(bytes.fromhex(colour)) for colour in colours])
     if path.suffix == ".svg":
         text = console.export_svg(title="rlhf_loop_pseudo", theme=theme)
     elif path.suffix == ".html":
         text = console.export_html(theme=theme)
-    write_whole(path, text.encode("utf-8"))
+    write_whole(path, lambda file: file.write(text.encode("utf-8")))
 
 def main(argv=None):
     """Run the command line argv, sys.argv without it. Returns the exit code: 0, 1, 2 or 130."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # an encoding without Greek letters gets question marks
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # an encoding without Greek letters gets question marks
+    console, kept, options, code = make_console(record=True), {}, None, 0
     try:
         options, configs = read_command_line(argv)
-    except SystemExit as stop:  # --help, or bad input
-        return stop.code
-    console, kept, code = make_console(record=options.export is not None), {}, 0
-    try:
         with np.errstate(all="ignore"):  # check_finite speaks of what is not finite
             if options.show is not None:
                 show_source(console, options.show)
@@ -1578,16 +1428,18 @@ def main(argv=None):
                 run_walk_through(console, options, configs[0], kept)
             else:
                 run_trainings(console, configs, kept)
-    except KeyboardInterrupt:
+    except SystemExit as stop:  # --help, or bad input
+        code = stop.code
+    except (KeyboardInterrupt, EOFError):
         show(console, "\nInterrupted.")
         code = 130
-    except FloatingPointError as problem:
+    except (FloatingPointError, MemoryError) as problem:
         print(f"rlhf_loop_pseudo.py: {problem}", file=sys.stderr)
         code = 1
     finally:
-        if options.save and kept:
+        if options and options.save and kept:
             save(options.save, configs, kept)
-        if options.export:
+        if options and options.export:
             export(options.export, console)
     return code
 

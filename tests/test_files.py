@@ -24,7 +24,7 @@ posix = pytest.mark.skipif(os.name != "posix", reason="signals, pipes and termin
 @pytest.fixture(autouse=True)
 def little_theory(monkeypatch):
     """What is tested here does not depend on how exactly the optimum is estimated."""
-    monkeypatch.setattr(loop, "THEORY_PROMPTS", 2)
+    monkeypatch.setattr(loop.attainable_gain, "__defaults__", (2, 128))
 
 
 # Files
@@ -80,7 +80,7 @@ def test_a_place_that_cannot_be_written_is_refused_first(flag, name, tmp_path, m
         assert loop.main([flag, str(path)]) == 2
         output = capsys.readouterr()
         assert output.out == ""
-        assert re.search(f"error: {flag}: .*{re.escape(str(path))}.* cannot be written.*folder", output.err)
+        assert re.search(f"error: {flag}: .*{re.escape(str(path))}.*folder that is there and writable", output.err)
 
 
 @pytest.mark.parametrize("flags", [f"{TINY} --inspect 1", f"{SMALL} --steps 3 --beta 0 1"])

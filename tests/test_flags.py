@@ -42,8 +42,8 @@ BAD = [
     ("--inspect", "4", "0 to 3"),
     ("--inspect", "-1", "0 to 3"),
     ("--inspect", "first", "int"),
-    ("--export", "x.png", ".svg or .html or .txt"),
-    ("--export", "x", ".svg or .html or .txt"),
+    ("--export", "x.png", ".svg .html .txt"),
+    ("--export", "x", ".svg .html .txt"),
     ("--save", "x.npy", ".npz"),
     ("--save", "/no/such/folder/x.npz", "folder"),
     ("--export", "/no/such/folder/x.svg", "folder"),
@@ -143,18 +143,13 @@ def test_what_fits_depends_on_the_memory(refused, monkeypatch, capsys):
     assert loop.main(["--recipe", "verl"]) == 0  # the walk-through takes some 230 MB
     assert loop.main("--recipe verl --preset letters --steps 10000".split()) == 0
     capsys.readouterr()
-    million = "--recipe verl --preset letters --steps 1000000".split()
-    assert loop.main(million) == 0
-    capsys.readouterr()
-    refused(*million, *"--beta 0 1 2".split())  # each has its metrics
     assert "--vocab-size" in refused("--vocab-size", "100000")
-    assert "--steps" not in refused("--batch-size", "8")
+    refused("--batch-size", "8")
     memory(180)
     capsys.readouterr()
     assert "--response-length" in refused("--recipe", "verl")
     assert loop.main("--recipe verl --steps 2".split()) == 0  # training never holds the logits
     capsys.readouterr()
-    refused("--recipe", "verl", "--steps", "9999999")
     refused("--steps", "2", "--width", "64")
     refused(*"--preset letters --steps 2 --batch-size 99999".split())
 
@@ -247,16 +242,6 @@ STARTS = {
     "openrlhf": ("OpenRLHF 0.11.2", "python3 -m openrlhf.cli.train_ppo_ray"),
     "verl": ("verl 0.9.1", "python3 -m verl.trainer.main_ppo"),
 }
-NOTES = {
-    ("trl", "rloo"): ["no flag for --prompt-length, --kl-estimator, --gamma, --lam", "per response", "learning rate"],
-    ("trl", "grpo"): ["no flag for --prompt-length, --kl-estimator, --gamma, --lam", "KL is in the loss"],
-    ("openrlhf", "gae"): ["the value loss is 0.5 x the larger of plain and clipped", "the learning rate falls"],
-    ("openrlhf", "rloo"): ["KL is subtracted after the baseline", "nothing is whitened"],
-    ("openrlhf", "grpo"): ["KL is subtracted after mean and deviation"],
-    ("verl", "gae"): ["the value loss is 0.5 x", "the learning rate does not fall", "clipped at 3"],
-    ("verl", "rloo"): ["nothing is whitened"],
-    ("verl", "grpo"): ["the learning rate does not fall"],
-}
 
 
 def settings_in(command):
@@ -282,13 +267,13 @@ def test_a_recipe_gives_every_setting_its_name_there(trainer, method, capsys, mo
     assert version in comments[0]
     assert command.startswith(start.format(method) + " \\\n")
     assert len(shlex.split(command)) > 15
-    assert "learning rate of about 1e-6" in comments[1]
-    for note in NOTES[trainer, method]:
-        assert note in "".join(comments)
+    notes = "".join(comments)
+    for note in ("MODEL, DATASET, REWARD_MODEL are yours", "learning rate of about 1e-6", "README"):
+        assert note in notes
+    assert ("no flag for --prompt-length, --kl-estimator, --gamma, --lam" in notes) == (trainer == "trl")
     assert not re.search("(gae|rloo|grpo):", text)
     if method != "gae":
         assert not re.search("critic|gamma|lam", command)
-        assert "value loss" not in text
 
 
 @pytest.mark.parametrize("trainer", STARTS)

@@ -299,7 +299,13 @@ def test_every_function_and_flag_that_it_names_is_there(capsys):
 def test_the_table_of_names_is_that_of_config():
     rows = [line.split(" | ") for line in README.splitlines() if line.startswith("| `--")]
     rows = [(re.findall(r"--([a-z-]+)", row[0]), row[1:]) for row in rows if len(row) == 4]
-    peers = {field.name: field.metadata["peers"] for field in dataclasses.fields(loop.Config)}
+    peers = {
+        field.name: {
+            trainer: " ".join(re.findall(rf"([\w.]+)[ =]{{{field.name}(?:_\w+)?}}", page))
+            for trainer, page in loop.RECIPES.items()
+        }
+        for field in dataclasses.fields(loop.Config)
+    }
     told = {flag.replace("-", "_") for flags, _ in rows for flag in flags}
     assert {name for name, names in peers.items() if any(names.values())} - told == {
         "steps", "prompt_length", "response_length", "seed",  # --help has these
@@ -311,8 +317,8 @@ def test_the_table_of_names_is_that_of_config():
             names = {name.partition("=")[0] for name in names}
             assert names <= told, (flags, trainer)
             assert all(name in SOURCE for name in told - names), (flags, trainer)
-    for _, (version, *_) in loop.RECIPES.items():
-        trainer, number = version.split()
+    for page in loop.RECIPES.values():
+        trainer, number = re.match(r"# (\w+) ([\d.]+),", page).groups()
         assert f"{trainer} {number.removesuffix('.0')}" in README
 
 

@@ -26,7 +26,7 @@ class Training:
 
     def __init__(self, flags, folder):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(loop, "THEORY_PROMPTS", 6)
+            patch.setattr(loop.attainable_gain, "__defaults__", (6, 128))
             self.text, self.data = shown(flags, folder)
         self.settings = json.loads(str(self.data.pop("config")))
         self.steps = self.settings["steps"]
@@ -388,7 +388,7 @@ def test_an_interrupted_training_is_saved_as_far_as_it_got(beta, tmp_path, monke
             raise KeyboardInterrupt
         return original(*arguments)
 
-    monkeypatch.setattr(loop, "theory_is_cheap", lambda config: False)
+    monkeypatch.setattr(loop, "attainable_gain", lambda *_: {})
     monkeypatch.setattr(loop, "score_responses", interrupted)
     text, data = shown(f"{TINY} --steps 3 --beta {beta}", tmp_path, code=130)
     assert text.rstrip().endswith("Interrupted.")
@@ -399,7 +399,7 @@ def test_an_interrupted_training_is_saved_as_far_as_it_got(beta, tmp_path, monke
 
 
 def test_seeds_and_settings_reach_the_training(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "THEORY_PROMPTS", 2)
+    monkeypatch.setattr(loop.attainable_gain, "__defaults__", (2, 128))
     flags = f"{TINY} --steps 3 --beta 0.5 --learning-rate 0.05"
     kl = shown(flags, tmp_path)[1]["objective/kl"]
     np.testing.assert_array_equal(shown(f"{flags} --seed 0", tmp_path)[1]["objective/kl"], kl)
@@ -408,7 +408,7 @@ def test_seeds_and_settings_reach_the_training(tmp_path, monkeypatch):
 
 
 def test_plain_characters_where_there_are_no_others(monkeypatch):
-    monkeypatch.setattr(loop, "THEORY_PROMPTS", 2)
+    monkeypatch.setattr(loop.attainable_gain, "__defaults__", (2, 128))
     pages = {}
     for encoding in ("ascii", "utf-8"):
         output = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
@@ -429,7 +429,7 @@ def test_colour_says_whose_number_it_is(capsys, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.delenv("NO_COLOR", raising=False)
-    monkeypatch.setattr(loop, "THEORY_PROMPTS", 2)
+    monkeypatch.setattr(loop.attainable_gain, "__defaults__", (2, 128))
     flags = f"{SMALL} --batch-size 4 --response-length 4 --width 4 --preference-pairs 50 --steps 3"
     assert loop.main(flags.split()) == 0
     text = capsys.readouterr().out
