@@ -7,22 +7,21 @@
     python rlhf_loop_pseudo.py                               one step, every tensor shown
     python rlhf_loop_pseudo.py --preset letters --steps 200  human feedback, then training
 
-Four toy models (actor, critic, reward, reference) go through the seven steps of
-"Fine-Tuning Language Models from Human Preferences" and InstructGPT:
+Reinforcement learning from human feedback, as in InstructGPT, with four toy models: the actor writes and learns, the
+critic predicts its reward, the reward model scores whole responses, the reference is the actor as it began. The steps:
 
-    1. sample prompts
-    2. the actor generates responses
-    3. the reward model scores them
-    4. the reference measures how far the actor has moved: the KL penalty
-    5. score and penalty become one reward per token
-    6. the critic and GAE turn rewards into advantages
-    7. PPO updates the actor, regression updates the critic
+    1. sample prompts                                           sample_prompts
+    2. the actor generates responses                            generate
+    3. the reward model scores them                             score_responses
+    4. the reference tells how far the actor has moved: KL      token_logprobs, kl_penalty
+    5. score and KL become one reward per token                 shape_rewards
+    6. critic and GAE: how much better than expected?           critic_values, gae, whiten; or group_advantages
+    7. PPO updates the actor, regression the critic             actor_gradients, critic_gradients, adam_step
 
-Below: 2 the knobs, 3 the loop, 4 its steps as formulas, 5 the human and the reward model, 6 the models and their
-gradients: the lesson. Then 7 measuring, 8 the presentation, 9 the command line, where nothing changes a weight.
+Sections: 2 the knobs, 3 the loop, 4 these functions, 5 before the loop the human and the reward model, 6 the models
+and their gradients: the lesson. Then 7 measuring, 8 the presentation, 9 the command line: no part of the algorithm.
 
-The models are toys: tiny, with uniform attention and random starting weights, on random prompts. Everything that
-happens to them is real: gradients, masks, clipping and Adam are exact.
+The models are tiny and start at random; what happens to them is real: gradients, masks, clipping and Adam are exact.
 
 Letters in shape comments: B sequences, P prompt tokens, T response tokens, V vocabulary,
 D width, S sequence (P + T or less), N any number of rows. Log probabilities and KL are in nats.
@@ -54,10 +53,12 @@ try:
 except ModuleNotFoundError as missing:
     sys.exit(f"{missing.name} is not installed. Run: python -m pip install numpy rich")
 
-# From here on the layout is by hand: pages of 88 columns, and an anchor where its function ends.
+# Laid out by hand from here on: what stands between anchors fits a page of 88 columns.
 # fmt: off
 # ------------------------------------------------------------------ 2. configuration
 
+LETTERS = "abcdefghijklmnopqrstuvwxyz."  # the last ends a word
+# A rule is what an error message says is allowed, and whether a value is.
 NOT_NEGATIVE = "a finite number of at least 0", lambda x: 0 <= x < math.inf
 FRACTION = "a number from 0 to 1", lambda x: 0 <= x <= 1
 BETWEEN = "a number between 0 and 1, both excluded", lambda x: 0 < x < 1
@@ -84,17 +85,17 @@ class Config:
     vocab_size: int = knob(50257, at_least(2), "V; the last token ends a text; GPT-2 has 50257")
     width: int = knob(32, at_least(1), "D, numbers in a hidden state; GPT-2 has 768")
     preference_pairs: int = knob(2048, at_least(1), "choices of the human, where V is 27 and text can be read")
-    steps: int = knob(1, at_least(1), "RLHF steps, a batch each; 1 is the walk-through")
+    steps: int = knob(1, at_least(1), "batches to train on, each by the seven steps; 1 is the walk-through")
     beta: float = knob(0.02, NOT_NEGATIVE, "price of KL, score per nat; 0.02 is InstructGPT's")
     kl_estimator: str = knob("k1", one_of("k1", "k2", "k3"), "KL of a token; as a reward only k1 has KL's gradient")
-    advantage: str = knob("gae", one_of("gae", "rloo", "grpo"), "with a critic (gae), or compared within a group")
+    advantage: str = knob("gae", one_of("gae", "rloo", "grpo"), "from a critic (gae), or by comparison in a group")
     group_size: int = knob(4, at_least(2), "responses to each prompt, with rloo and grpo")
     gamma: float = knob(1.0, FRACTION, "discount per token")
     lam: float = knob(0.95, FRACTION, "GAE's lambda, per token")
-    clip: float = knob(0.2, BETWEEN, "PPO's epsilon: how far a ratio may move to gain")
+    clip: float = knob(0.2, BETWEEN, "PPO's epsilon: past 1 +- this, a ratio new / old gains nothing")
     ppo_epochs: int = knob(4, at_least(1), "updates on each batch")
     learning_rate: float = knob(5e-4, NOT_NEGATIVE, "Adam's, falling to 0 over the steps")
-    drift: float = knob(0.75, NOT_NEGATIVE, "noise, in deviations, between actor and reference; 0 in training")
+    drift: float = knob(0.75, NOT_NEGATIVE, "noise in the actor's start, in deviations of a weight; 0 in training")
     seed: int = knob(0, at_least(0), "seed of all randomness")
 
     def __post_init__(self):
@@ -114,11 +115,11 @@ class Config:
 
 # ANCHOR: core_loop
 def core_loop(models, config, rng):
-    """The seven steps, config.steps times: RLHF with PPO.
+    """The seven steps, for each of config.steps batches: RLHF with PPO.
 
-    Yields named arrays, a dict for each of the seven: whoever drains it decides whether
-    to show, save or only train. Actor and critic change in place, the others never.
-    With rloo or grpo there is no critic, and each prompt gets a group of responses.
+    A generator of named arrays, a dict for each of the seven: whoever drains it decides
+    whether to show, save or only train. Actor and critic change in place, the others
+    never. With rloo or grpo there is no critic, but a group of responses to a prompt.
     """
     actor, critic, reward_model, reference = models
     actor_state, critic_state, eos_token = {}, {}, config.vocab_size - 1
@@ -132,22 +133,23 @@ def core_loop(models, config, rng):
 
         # 2. Generate
         responses, mask, old_logprobs, logits = generate(
-            actor, prompts, config.response_length, rng, eos_token, config.steps == 1)
+            actor, prompts, config.response_length, rng, eos_token,
+            keep_logits=config.steps == 1)  # (B, T), three of them, and (B, T, V)
         yield {"responses": responses, "mask": mask,
                "old_logprobs": old_logprobs, "logits": logits}
         del logits  # only shown, and the largest array of all
 
         # 3. Score
-        scores = score_responses(reward_model, prompts, responses, mask)
+        scores = score_responses(reward_model, prompts, responses, mask)  # (B,)
         yield {"scores": scores}
 
         # 4. KL penalty
         ref_logprobs = token_logprobs(reference, prompts, responses) * mask
-        kl = kl_penalty(old_logprobs, ref_logprobs, config.kl_estimator)
+        kl = kl_penalty(old_logprobs, ref_logprobs, config.kl_estimator)  # (B, T)
         yield {"ref_logprobs": ref_logprobs, "kl": kl}
 
         # 5. Total rewards
-        rewards = shape_rewards(scores, kl, mask, config.beta)
+        rewards = shape_rewards(scores, kl, mask, config.beta)  # (B, T)
         yield {"rewards": rewards}
 
         # 6. Advantages
@@ -158,8 +160,8 @@ def core_loop(models, config, rng):
         else:
             advantages = group_advantages(rewards, mask, group_size, config.advantage)
             besides = {}
-        grpo = config.advantage == "grpo"  # has scaled them, group by group
-        whitened = advantages if grpo else whiten(advantages, mask)
+        scaled = config.advantage == "grpo"  # by the deviation of each group
+        whitened = advantages if scaled else whiten(advantages, mask)
         yield {**besides, "advantages": advantages, "whitened": whitened}
 
         # 7. PPO update
@@ -199,10 +201,12 @@ def generate(actor, prompts, response_length, rng, eos_token, keep_logits=True):
     token[t] ~ softmax(hidden[P - 1 + t] @ head), temperature 1
 
     The context is a running sum, so that each token costs one position, not the whole
-    sequence: what a key-value cache does for a transformer. prompts (B, P) int. Returns
-    responses (B, T) int, filled with eos_token after the end; mask (B, T), 1 up to and
-    including the first end token; logprobs (B, T) in nats, 0 where the mask is 0;
-    logits (B, T, V) or None. Source: Radford et al. 2018 (GPT), equations 1 and 2.
+    sequence: what a key-value cache does for a transformer.
+
+    prompts (B, P) int. Returns (responses, mask, logprobs, logits): responses (B, T)
+    int, eos_token after the end; mask (B, T), 1 up to and including the first end
+    token; logprobs (B, T) in nats, 0 at padding; logits (B, T, V), None unless
+    keep_logits. Source: Radford et al. 2018 (GPT), equations 1 and 2.
     """
     (batch_size, prompt_length), head = prompts.shape, actor["head"]
     responses = np.full((batch_size, response_length), eos_token)
@@ -351,14 +355,14 @@ def gae(rewards, values, mask, gamma, lam):
 def group_advantages(rewards, mask, group_size, method):
     """Step 6 without a critic. Compare the responses of a group.
 
-    With R the sum of a response's rewards, and the mean over its group:
+    R is the sum of a response's rewards; mean and deviation are those of its group.
 
     rloo: R - mean of the other R's
     grpo: (R - mean) / (unbiased standard deviation + 1e-6)
 
     rewards, mask (B, T), a group in group_size adjacent rows; method "rloo" or "grpo".
     Returns (B, T), the same for all real tokens of a response, 0 at padding. Raises
-    ValueError for shapes that differ, no whole groups of 2 and up, another method.
+    ValueError for other shapes or methods, and rows not in whole groups of 2 or more.
     Source: Ahmadian et al. 2024, section 3; Shao et al. 2024, section 4.1.2.
     """
     if rewards.shape != mask.shape or group_size < 2 or len(mask) % group_size:
@@ -383,7 +387,6 @@ def whiten(x, mask):
 
     Over the real tokens: (x - mean) / sqrt(variance + 1e-8), the variance unbiased
     (divided by n - 1). The sums are in float64: in float32 equal numbers would differ.
-
     x, mask (B, T). Returns (B, T), 0 at padding. Raises ValueError for shapes that
     differ or no real token. Source: masked_whiten in TRL.
     """
@@ -496,7 +499,7 @@ def adam_step(params, gradients, state, learning_rate):
     m = 0.9 m + 0.1 g    v = 0.999 v + 0.001 g²    p -= rate * m̂ / (sqrt(v̂) + 1e-8)
 
     with m̂ = m / (1 - 0.9^t), v̂ = v / (1 - 0.999^t). Changes params and state, which
-    starts as {} and holds t, m and v. Keys and shapes are those of gradients. Raises
+    starts as {} and holds t, m and v. params, m, v are keyed as gradients are. Raises
     ValueError for shapes that differ. Source: Kingma & Ba 2015, algorithm 1.
     """
     for name, g in gradients.items():
@@ -609,7 +612,7 @@ def train_reward_model(reward_model, prompts, responses, mask, rng):
     returns them. Returns (reward_model, losses): a new model with a bias, and (200,).
     Source: Stiennon et al. 2020, section 3.4; InstructGPT, section 3.5.
     """
-    reward_model = {part: weights.copy() for part, weights in reward_model.items()}
+    reward_model = {p: reward_model[p].copy() for p in ("embed", "mix", "head")}
     pairs, state, losses = len(prompts) // 2, {}, []
     for learning_rate in np.linspace(2e-3, 0, 200, endpoint=False):
         chosen = rng.integers(0, pairs, size=128)
@@ -626,9 +629,9 @@ def train_reward_model(reward_model, prompts, responses, mask, rng):
 # ANCHOR_END: train_reward_model
 
 def learn_from_human(models, config, rng):
-    """All of the above. Returns the models, the reward model now trained, and what was seen: accuracy is the share of
-    fresh pairs in which the model agrees with the choice, best_accuracy that in which the human's own opinion does, as
-    choices are noisy, and no scorer can expect more."""
+    """Collect preferences, train the reward model, judge it on fresh pairs. Returns the models, with that one, and what
+    was seen: accuracy is the share of fresh pairs in which the model agrees with the choice, best_accuracy that in
+    which the human's own opinion does: choices are noisy, and no scorer can expect more."""
     preferences = collect_preferences(models.reference, config, rng)
     reward_model, losses = train_reward_model(models.reward_model, *preferences, rng)
     prompts, responses, mask = collect_preferences(models.reference, replace(config, preference_pairs=2048), rng)
@@ -642,7 +645,7 @@ def learn_from_human(models, config, rng):
 
 # ------------------------------------------------------------------ 6. the models and their gradients
 
-Models = namedtuple("Models", "actor critic reward_model reference")  # without a critic that is None
+Models = namedtuple("Models", "actor critic reward_model reference")  # the critic is None with rloo and grpo
 
 def init_weights(rng, rows, columns, deviation):
     """Draw a float32 matrix uniformly around 0 with the given standard deviation."""
@@ -725,7 +728,7 @@ def exact_kl(logits, reference, prompts, responses):
         kl[:, t] = (np.exp(log_p) * (log_p - log_q)).sum(axis=1)
     return kl
 
-# From here to the end of the section it is for speed, and nowhere else: a running sum over the vocabulary is slow, and
+# From here to the end of the section things are there for speed: a running sum over the vocabulary is slow, and
 # the logits of all tokens, an (N, V) matrix, would cost more in fresh memory than in arithmetic. So sample_tokens sums
 # twice over fewer numbers, and chosen_logprobs and its gradients see slices of the vocabulary that stay in the
 # processor's cache; the last line lets the C library keep freed arrays for the next.
@@ -749,7 +752,7 @@ def sample_tokens(logits, rng):
 def chosen_logprobs(states, head, tokens):
     """log softmax(states @ head) of the chosen tokens: state · head[token] - log Σ exp(state · head[v]), in nats.
 
-    states (B, T, D), head (D, V), tokens (B, T). Returns (logprobs, log_sums), (B, T) both; the gradients need both.
+    states (B, T, D), head (D, V), tokens (B, T). Returns (logprobs, log_sums), (B, T) both, one for the gradients.
     """
     flat = states.reshape(-1, states.shape[-1])  # (B, T, D) -> (N, D)
     log_sums = np.full(len(flat), -np.inf, dtype=states.dtype)
@@ -763,7 +766,7 @@ def chosen_logprobs(states, head, tokens):
     return np.einsum("btd,dbt->bt", states, head[:, tokens]) - log_sums, log_sums
 
 def chosen_logprobs_gradients(states, head, tokens, log_sums, d_logprobs):
-    """Gradients of a loss for states (B, T, D) and head (D, V), given d_logprobs = d loss / d logprobs (B, T).
+    """Gradients of a loss, (d_states, d_head) of (B, T, D) and (D, V), given d_logprobs = d loss / d logprobs (B, T).
 
     d logprob / d logits = one-hot(token) - softmax
     """
@@ -794,7 +797,7 @@ def vocabulary_slices(states, head):
 
 np.empty(8 * SLICE, dtype=np.float32)  # freed at once: from here on glibc keeps what is smaller
 
-# ------------------------------------------------------------------ 7. measuring: nothing here changes a weight
+# ------------------------------------------------------------------ 7. measuring: no part of the algorithm
 
 def real_mean(x, mask):
     """Mean over the real tokens of an array that is 0 at padding, (..., B, T) -> (...)."""
@@ -822,18 +825,17 @@ def walk_through(models, config, rng):
 
 def train(models, config, rng):
     """core_loop, drained a step at a time: yields (metrics, the first response's real tokens)."""
-    data = {}
-    for count, stage in enumerate(core_loop(models, config, rng), 1):
+    data, step = {}, 0
+    for stage in core_loop(models, config, rng):
         data.update(stage)
         if "ratio" in stage:
-            check_finite(stage, count // 7)
-            yield step_metrics(data, config, count // 7), data["responses"][0][data["mask"][0] != 0]
+            check_finite(stage, step := step + 1)
+            yield step_metrics(data, config, step), data["responses"][0][data["mask"][0] != 0]
 
 def check_finite(stage, step):
     """Raises FloatingPointError where the losses of a step are not finite."""
     if not np.isfinite([*stage["actor_loss"], *stage["critic_loss"]]).all():
-        cure = "an update was too large; try a lower --learning-rate, --beta or --drift"
-        raise FloatingPointError(f"step {step}: the loss is not a finite number any more, {cure}")
+        raise FloatingPointError(f"step {step}: the loss is not finite; try a lower --learning-rate, --beta or --drift")
 
 def step_metrics(data, config, step):
     """What a step of training is judged by, under TRL's names where it has one: of sums over a response the mean over
@@ -865,7 +867,7 @@ def attainable_gain(models, config, rng, prompt_count=32, response_count=128):
     (Veach & Guibas 1995, the balance heuristic). Then neither J exceeds J*, in theory as in the estimate, which is one
     from below: what neither policy writes is missing from it. J_start is the reference's. share, of J_star - J_start,
     is NaN where that is within three standard errors of nothing; share_error is its standard error over the prompts.
-    Nothing is returned where all this would take more than a fifth of the training, or than a second or so.
+    Returns {} where this would take a second or so and more, and more than a fifth of the training besides.
     """
     passes, training = 6 * prompt_count * response_count, config.steps * config.batch_size * (3 + 4 * config.ppo_epochs)
     per_pass = (config.prompt_length + config.response_length) * config.width * (config.width + config.vocab_size)
@@ -895,7 +897,6 @@ def attainable_gain(models, config, rng, prompt_count=32, response_count=128):
 
 # ------------------------------------------------------------------ 8. the presentation: pages of text from arrays
 
-LETTERS = "abcdefghijklmnopqrstuvwxyz."
 # Whose number it is, in the terminal's own colours; [n] marks nobody's, and all stand out from dim narration
 OWNERS = {"actor": "cyan", "critic": "magenta", "reward": "green", "reference": "bright_blue", "human": "red"}
 NAMES = re.compile(f"\\b({'|'.join(OWNERS)})\\b")
@@ -912,7 +913,7 @@ def show(console, page):
     and lines in which [actor]3[/] is the actor's number, and what follows a tab a dim note beside it."""
     for line in page.splitlines():
         line, _, note = line.partition("\t")
-        narration = line.startswith("    ") and "[/]" not in line  # where brackets are no markup
+        narration = line.startswith("    ") and "[/]" not in line  # so its brackets are text
         text = Text(line, "dim") if narration else Text.from_markup(line, style="bold" if line[:1].strip() else "")
         if note:
             text.append(" " * max(38 - text.cell_len, 2)).append_text(Text.from_markup(note, style="dim"))
@@ -921,7 +922,7 @@ def show(console, page):
     console.print()
 
 def table(columns, rows, gap="  "):
-    """A page with a table. Columns are "owner:head"; cells are text, to the right but in the first and last column."""
+    """A page with a table. Columns are "owner:head"; the first and last stand to the left, the others to the right."""
     owners, heads = zip(*(column.split(":") for column in columns))
     widths, page = [max(map(len, column)) for column in zip(heads, *rows)], ""
     for colours, row in [(["dim"] * len(heads), heads), *((owners, row) for row in rows)]:
@@ -1102,9 +1103,9 @@ def smooth(values, most=40):
 
 def chart(console, x_label, curves, x_text="{:.0f}".format, width=58, height=12):
     """A page with curves over x. Each is (name, owner, x, y, side): its scale stands left (0) or right (1)."""
-    marks, bar, corner, dash = ("*o+x#@%&", *"|+-") if console.options.ascii_only else ("●○▲△■□◆◇", *"│└─")
-    grid, page = [[" "] * width for _ in range(height)], ""
-    left, *_, right = np.sort(np.concatenate([x for _, _, x, _, _ in curves]))
+    marks, (bar, corner, dash) = ("*o+x#@%&", "|+-") if console.options.ascii_only else ("●○▲△■□◆◇", "│└─")
+    grid, page, marks = [[" "] * width for _ in range(height)], "", marks * len(curves)
+    left, right = (edge(np.concatenate([x for _, _, x, _, _ in curves])) for edge in (np.min, np.max))
     sides = [np.concatenate([y for *_, y, at in curves if at == side]) for side in sorted({at for *_, at in curves})]
     for mark, (_, owner, x, y, side) in zip(marks, curves):
         along = np.linspace(0, len(x) - 1, 1 + width * (len(x) - 1))  # on the line from each value to the next
@@ -1131,17 +1132,18 @@ COLUMNS = {
 
 def training_page(label, config, history, texts):
     """A training: some of its steps with a response in words, and hacking where it was measured."""
-    drifts = f"    As a reward {config.kl_estimator} does not have the gradient of the KL: the actor drifts off.\n"
-    notes, best = drifts if config.kl_estimator != "k1" and config.beta else "", 0
+    notes, best = "", None
+    if config.kl_estimator != "k1" and config.beta:
+        notes = f"    As a reward {config.kl_estimator} does not have the gradient of the KL: the actor drifts off.\n"
     if config.readable:
         score, human = smooth(history["objective/scores"]), smooth(history["objective/human_scores"])
         best = 1 + int(smooth(np.arange(config.steps))[human.argmax()])
-        if human[-1] < human[0] and score[-1] > score[0]:
+        if human[-1] < human[0] - 0.1 and score[-1] > score[0]:  # more than chance
             low, high, first, peak, last = map(fixed, (score[0], score[-1], human[0], human.max(), human[-1]))
             notes += f"""    Reward hacking: the score rose from {low} to {high}, the human's opinion went
     from {first} to {peak} and down to {last}: only the model likes the last words.\n"""
     rows, steps = [], 1 + ((config.steps - 1) * np.linspace(0, 1, 10) ** 2).round().astype(int)  # denser at first
-    for step in sorted({*steps, best} - {0}):
+    for step in sorted({*steps, best} - {None}):
         numbers = [fixed(history[name][step - 1], digits) for digits, name in COLUMNS.values()]
         rows.append([f"{step}{'*' if step == best else ''}", *numbers, texts[step - 1]])
     return f"""=== RLHF Training, {label} ===
@@ -1213,7 +1215,7 @@ def show_source(console, name):
         text = Text("\n".join(dict.fromkeys(found[each] for each in sorted(found, key=names.index))))
         text.highlight_regex(r"\b(def|class|return|yield|raise|if|else|for|in|not|and|or|lambda)\b", "bold")
         text.highlight_regex(r"(?<=def )\w+", "cyan")
-        text.highlight_regex(r'"""[^"]*"""|#.*', "not bold dim")
+        text.highlight_regex(r'(?m)"""(?:.|\n)*?"""|  # .*|^# .*', "not bold dim")
     else:
         anchored = re.findall(r"^# ANCHOR\b: (\w+)", text, re.MULTILINE)
         text = "\n".join(f"  [n]{each:20}[/]{globals()[each].__doc__.splitlines()[0]}" for each in anchored) + "\n"
@@ -1283,7 +1285,7 @@ def read_command_line(argv):
         elsewhere = [f"{peer}: {' '.join(dict.fromkeys(found))}" for peer, found in names.items() if found]
         text = "; ".join([each.metadata["meaning"], each.metadata["rule"][0], f"default {each.default}", *elsewhere])
         several = "+" if each.name in ("beta", "advantage") else None
-        add("--" + each.name.replace("_", "-"), type=each.type, nargs=several, help=text)
+        add("--" + each.name.replace("_", "-"), type=each.type, nargs=several, metavar="VALUE", help=text)
     add("--inspect", type=int, metavar="ROW", help="show a response of the walk-through token by token; default none")
     add("--pause", action="store_true", help="wait for Enter after every step")
     add("--show", nargs="?", const="", metavar="NAME", help="print a function and its helpers; without a name, a list")
@@ -1292,9 +1294,8 @@ def read_command_line(argv):
     add("--recipe", choices=RECIPES, help="print the command that starts the same experiment in that trainer")
     options = parser.parse_args(argv)
     given = {each.name: value for each in fields(Config) if (value := getattr(options, each.name)) is not None}
-    settings = {"beta": Config.beta, "advantage": Config.advantage, **PRESETS[options.preset], **given}
-    if settings.get("steps", 1) > 1:
-        settings.setdefault("drift", 0.0)  # training starts from the reference
+    start = {} if options.steps in (None, 1) else {"drift": 0.0}  # training starts from the reference
+    settings = {"beta": Config.beta, "advantage": Config.advantage, **start, **PRESETS[options.preset], **given}
     betas, advantages = (x if isinstance(x, list) else [x] for x in (settings.pop("beta"), settings.pop("advantage")))
     try:
         configs = [Config(**settings, beta=beta, advantage=advantage) for beta in betas for advantage in advantages]
@@ -1310,29 +1311,30 @@ def refuse(options, configs):
         raise ValueError(f"--show: {options.show!r} is no function of this file; --show alone lists some")
     if options.recipe == "trl" and "gae" in [each.advantage for each in configs]:
         raise ValueError("--recipe trl: TRL has no PPO since 1.13, so nothing for --advantage gae, but rloo and grpo")
-    if len(configs) > 1 and not training:
+    if len(configs) > 1 and not (training or options.recipe):
         raise ValueError("--beta, --advantage: several values are for training, which --steps above 1 asks for")
     if options.inspect is not None and (training or not 0 <= options.inspect < config.batch_size):
-        raise ValueError(f"--inspect: {options.inspect} is no row of a walk-through; 0 to {config.batch_size - 1} are")
+        raise ValueError(f"--inspect: {options.inspect} is not 0 to {config.batch_size - 1} of a walk-through")
     if options.pause and (training or not sys.stdin.isatty()):
         raise ValueError("--pause: waits for Enter in a terminal, after every step of the walk-through")
     for path, flag, kinds in ((options.save, "--save", ".npz"), (options.export, "--export", ".svg .html .txt")):
         if path and (path.suffix not in kinds.split() or path.is_dir() or not os.access(path.parent, os.W_OK)):
             raise ValueError(f"{flag}: {str(path)!r} is no file ({kinds}) in a folder that is there and writable")
-    tokens = config.batch_size * (config.prompt_length + config.response_length)
+    rows = max(16 * config.batch_size, 10 * config.preference_pairs * config.readable)
+    weights, length = config.width * (config.vocab_size + config.width), config.prompt_length + config.response_length
     logits = 0 if training else config.batch_size * config.response_length * config.vocab_size
-    needed = 4 * (20 * config.width * (config.vocab_size + config.width) + 16 * tokens * config.width + logits)
+    needed = 4 * (20 * weights + rows * length * config.width + 3 * length**2 + logits)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
     if needed > memory:
-        sizes = "--batch-size, --prompt-length, --response-length, --vocab-size, --width"
+        sizes = "--batch-size, --preference-pairs, --prompt-length, --response-length, --vocab-size, --width"
         raise ValueError(f"{sizes}: {needed // 10**9:,} GB are needed, of {memory // 10**9} GB of memory")
 
-def set_up(console, config, kept, reward_model=None):
+def set_up(console, config, kept, before=None):
     """Models and random numbers; where tokens are letters, the human chooses and the reward model learns, once."""
     rng = np.random.default_rng(config.seed)
     models = init_models(config, rng)
-    if reward_model:
-        models = models._replace(reward_model=reward_model)
+    if before:  # the reward model is frozen, so it serves all trainings
+        models = models._replace(reward_model=before.reward_model)
     elif config.readable:
         models, seen = learn_from_human(models, config, np.random.default_rng([config.seed, 1]))
         kept.update((f"preferences/{name}", array) for name, array in seen.items())
@@ -1357,13 +1359,13 @@ def run_walk_through(console, options, config, kept):
 
 def run_trainings(console, configs, kept):
     """Train once for each Config and compare; kept collects (runs, steps) and (runs,) arrays for --save."""
-    runs, steps, reward_model = [], configs[0].steps, None
+    runs, steps, models = [], configs[0].steps, None
     show(console, LEGEND)
     for run, config in enumerate(configs):
         label = f"β {config.beta:g}, {config.advantage}"
-        models, rng = set_up(console, config, kept, reward_model)
-        reward_model = models.reward_model  # frozen, so it serves all
-        history, texts, begun = {"objective/human_scores": np.full(steps, np.nan)}, [], time.monotonic()
+        models, rng = set_up(console, config, kept, models)
+        history = {"objective/human_scores": np.full(steps, np.nan)}  # which stays where nobody can read
+        texts, begun = [], time.monotonic()
         with make_console(quiet=not sys.stdout.isatty()).status("") as live:  # another console: never in an export
             for metrics, response in train(models, config, rng):
                 for name, value in metrics.items():
@@ -1371,11 +1373,11 @@ def run_trainings(console, configs, kept):
                     history[name][len(texts)] = value
                 texts.append(text_of(response, config))
                 left = (time.monotonic() - begun) * (steps / len(texts) - 1)
-                live.update(f"{label} {len(texts)}/{steps} [reward]score {fixed(metrics['objective/scores'])}[/] "
-                            f"[human]human {fixed(metrics.get('objective/human_scores', np.nan))}[/] "
-                            f"[reference]KL {fixed(metrics['objective/kl'])}[/] {left:.0f} s left")
-        rng = np.random.default_rng([config.seed, 2])  # so that theory and training do not disturb each other
-        gain = attainable_gain(models, config, rng)
+                now = {name.rpartition("/")[2]: fixed(values[len(texts) - 1]) for name, values in history.items()}
+                live.update(f"{label} {len(texts)}/{steps} [reward]score {now['scores']}[/] "
+                            f"[human]human {now['human_scores']}[/] [reference]KL {now['kl']}[/] {left:.0f} s left")
+            rng = np.random.default_rng([config.seed, 2])  # so that theory and training do not disturb each other
+            gain = attainable_gain(models, config, rng)
         for name, value in gain.items():
             kept.setdefault(f"theory/{name}", np.full(len(configs), np.nan))[run] = value
         runs.append((label, config, history, gain, texts))

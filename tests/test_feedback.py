@@ -189,6 +189,14 @@ def test_a_new_model_learns_and_the_given_one_does_not_change(many):
             np.testing.assert_array_equal(weights, models.reward_model[name])
 
 
+def test_a_trained_model_can_be_trained_again(many):
+    """The bias that it comes with says nothing about its new weights."""
+    data, _, trained, _, _ = many[0]
+    trained = {**trained, "bias": trained["bias"] + 3}
+    again, _ = loop.train_reward_model(trained, *data, np.random.default_rng(5))
+    assert loop.score_responses(again, *data).mean() == pytest.approx(0, abs=1e-5)
+
+
 def test_it_learns_what_the_human_likes_and_more_from_more_pairs(many):
     good = np.mean([share for *_, share in many])
     poor = np.mean([learn(seed, 128)[-1] for seed in range(3)])

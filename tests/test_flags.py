@@ -289,8 +289,7 @@ def test_a_recipe_has_the_names_that_help_gives(trainer, capsys, monkeypatch):
 
 
 def test_a_recipe_for_each_of_several(capsys):
-    flags = "--recipe verl --steps 3 --beta 0.1 0.4 --advantage gae rloo"
-    assert loop.main(flags.split()) == 0
+    assert loop.main("--recipe verl --beta 0.1 0.4 --advantage gae rloo".split()) == 0
     commands = capsys.readouterr().out.split("\n\n")
     for command, beta, method in zip(commands, ("0.1", "0.1", "0.4", "0.4"), ("gae", "rloo") * 2, strict=True):
         assert f"kl_coef={beta} " in command

@@ -230,7 +230,7 @@ def test_reward_hacking_is_as_told(outputs):
     assert sum(letter in "aeiou" for letter in word) >= 0.8 * len(word)  # "vowels only": one word, and chance
     first, last = (float(row.split()[2]) for row in outputs[TRAINING].splitlines() if is_row(row) and "*" not in row[:8]
                    and row.split()[0] in ("1", "200"))  # fmt: skip
-    assert last == pytest.approx(2 * first, rel=0.2)  # "twice as much as at the start"
+    assert 1.6 < last / first < 2  # "nearly twice as much as at first"
 
 
 def test_the_exercises_have_their_answers(outputs):

@@ -123,6 +123,16 @@ def test_hacking_is_measured_in_the_score_and_not_in_the_total(trainings):
     assert not rounds(high, training.data["objective/rlhf_reward"][-1], 2)
 
 
+def test_a_fall_that_may_be_chance_is_no_hacking(trainings):
+    falls = 0
+    for seed in range(12):
+        training = trainings(f"{SMALL} --batch-size 64 --steps 2 --learning-rate 1e-3 --beta 0 --seed {seed}")
+        (low, high), (start, end) = (training.data[f"objective/{name}"] for name in ("scores", "human_scores"))
+        falls += low < high and end < start
+        assert "hacking" not in training.text
+    assert falls
+
+
 def test_what_comes_in_a_page_beside_the_numbers(trainings):
     for name in RUNS:
         text = trainings(name).text
@@ -344,6 +354,14 @@ def test_the_comparison_as_a_chart(trainings):
     for run in range(4):
         for row, column in zip(rows[run], columns[run]):
             assert chart.grid[row][column] in marks[run:]
+
+
+def test_more_curves_than_marks():
+    curves = [(f"curve {i}", "n", np.arange(3.0), np.full(3, float(i)), 0) for i in range(11)]
+    page = re.sub(r"\[\w*\]|\[/\]", "", loop.chart(loop.make_console(), "x", curves))
+    chart = Chart(page)
+    assert list(chart.marks) == [name for name, *_ in curves]
+    assert sum(bool(line.strip()) for line in chart.grid) == 11
 
 
 def test_a_comparison_trains_each_as_it_would_be_alone(trainings):
