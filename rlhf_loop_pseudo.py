@@ -22,7 +22,6 @@ Sections: 2 the knobs, 3 the loop, 4 these functions, 5 before the loop the huma
 and their gradients: the lesson. Then 7 measuring, 8 the presentation, 9 the command line: no part of the algorithm.
 
 The models are tiny and start at random; what happens to them is real: gradients, masks, clipping and Adam are exact.
-
 Letters in shape comments: B sequences, P prompt tokens, T response tokens, V vocabulary,
 D width, S sequence (P + T or less), N any number of rows. Log probabilities and KL are in nats.
 """
@@ -1280,9 +1279,10 @@ def read_command_line(argv):
                                      description="The RLHF-PPO training loop, with real numbers.", allow_abbrev=False)
     add = parser.add_argument
     add("--preset", choices=PRESETS, default="gpt2", help="sizes to start from; explicit flags win; default gpt2")
+    peers = {peer: re.findall(r"([\w.]+)[ =]{(\w+)}", page) for peer, page in RECIPES.items()}
     for each in fields(Config):
-        names = {peer: re.findall(rf"([\w.]+)[ =]{{{each.name}(?:_\w+)?}}", page) for peer, page in RECIPES.items()}
-        elsewhere = [f"{peer}: {' '.join(dict.fromkeys(found))}" for peer, found in names.items() if found]
+        names = {peer: [name for name, key in pairs if key.startswith(each.name)] for peer, pairs in peers.items()}
+        elsewhere = [f"{peer}: {' '.join(found)}" for peer, found in names.items() if found]
         text = "; ".join([each.metadata["meaning"], each.metadata["rule"][0], f"default {each.default}", *elsewhere])
         several = "+" if each.name in ("beta", "advantage") else None
         add("--" + each.name.replace("_", "-"), type=each.type, nargs=several, metavar="VALUE", help=text)
