@@ -1192,9 +1192,9 @@ def comparison_page(console, runs):
     columns = [":", "reward:score", "human:human", "reference:KL", "n:J", ":share", ":passes", "actor:a response"]
     page = f"""The same training, compared{" on fresh prompts" if runs[0][3] else ""}
 {table(columns, rows)}\
-    J = score - β * KL, about {fixed(start)} at the start. share: of the gain in J that
-    can be had at this β, at most, ± standard error. passes: forward+backward of
-    all models in a step."""
+    J = score - β * KL{", not discounted" if config.gamma < 1 else ""}, about {fixed(start)} at the start.
+    share: of the gain in J to be had at this β, at most, ± standard error.
+    passes: forward+backward of all models in a step."""
     if curves:
         page += "\n\nThe human's opinion over KL, from the start at the left\n"
         page += chart(console, "KL in nats, on a scale of square roots", curves, lambda root: f"{root**2:.1f}")

@@ -291,6 +291,20 @@ def test_importing_has_no_side_effect(processes):
     assert processes["import"][:3] == (0, b"True\n", b"")
 
 
+@pytest.mark.parametrize("given", [None, "3"])
+def test_a_script_of_its_own_takes_one_thread_unless_told_otherwise(given):
+    environment = {name: value for name, value in os.environ.items() if name != "OPENBLAS_NUM_THREADS"}
+    environment |= {"OPENBLAS_NUM_THREADS": given} if given else {}
+    program = f"""import os, runpy, sys
+sys.argv[1:] = ["--recipe", "verl"]
+try:
+    runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
+except SystemExit:
+    sys.stderr.write(os.environ.get("OPENBLAS_NUM_THREADS", "none"))"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True, text=True, env=environment)
+    assert done.stderr == (given or "1")
+
+
 def test_an_output_without_greek_letters(processes):
     code, output, errors, folder = processes["ascii"]
     assert (code, errors) == (0, b"")

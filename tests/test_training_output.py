@@ -153,6 +153,8 @@ def test_k3_as_a_reward_is_warned_of(trainings, tmp_path):
 def test_a_discount_is_said_where_there_is_one(trainings):
     assert "J is not discounted; with γ = 0.9 training maximised a discounted reward." in trainings("short").text
     assert "discounted" not in trainings("beta 0.2").text
+    assert "discounted" not in trainings("several").text
+    assert "J = score - β * KL, not discounted, about" in trainings(f"{TINY} --steps 2 --beta 0 1 --gamma 0.9").text
 
 
 def test_the_numbers_against_theory(training):
@@ -325,7 +327,7 @@ def test_the_comparison_as_a_table(trainings):
     (start,) = numbers(re.search(r"J = score - β \* KL, about (.*) at the start", training.text)[1])
     assert rounds(start, training.theory("J_start").mean(), 2)
     page = " ".join(training.text.split())
-    assert "share: of the gain in J that can be had at this β, at most, ± standard error." in page
+    assert "share: of the gain in J to be had at this β, at most, ± standard error." in page
 
 
 def test_every_compared_training_has_its_table(trainings):
