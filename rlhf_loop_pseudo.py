@@ -15,11 +15,11 @@ critic predicts its reward, the reward model scores whole responses, the referen
     3. the reward model scores them                             score_responses
     4. the reference tells how far the actor has moved: KL      token_logprobs, kl_penalty
     5. score and KL become one reward per token                 shape_rewards
-    6. critic and GAE: how much better than expected?           critic_values, gae, whiten; or group_advantages
-    7. PPO updates the actor, regression the critic             actor_gradients, critic_gradients, adam_step
+    6. GAE: how much better than the critic expected?           critic_values, gae, whiten; or group_advantages
+    7. update the actor by PPO, the critic by regression        actor_gradients, critic_gradients, adam_step
 
-Sections: 2 the knobs, 3 the loop, 4 these functions, 5 before the loop the human and the reward model, 6 the models
-and their gradients: the lesson. Then 7 measuring, 8 the presentation, 9 the command line: no part of the algorithm.
+The lesson, by sections: 2 the knobs, 3 the loop, 4 these functions, 5 the human and the reward model, before the loop,
+6 the models, forward and backward. The rest is no part of it: 7 measuring, 8 the presentation, 9 the command line.
 
 The models are tiny and start at random; what happens to them is real: gradients, masks, clipping and Adam are exact.
 Letters in shape comments: B sequences, P prompt tokens, T response tokens, V vocabulary,
@@ -57,7 +57,7 @@ except ModuleNotFoundError as missing:
 # ------------------------------------------------------------------ 2. configuration
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz."  # the last ends a word
-# A rule is what an error message says is allowed, and whether a value is.
+# A rule is a pair: what is allowed, in words, and the test for it.
 NOT_NEGATIVE = "a finite number of at least 0", lambda x: 0 <= x < math.inf
 FRACTION = "a number from 0 to 1", lambda x: 0 <= x <= 1
 BETWEEN = "a number between 0 and 1, both excluded", lambda x: 0 < x < 1
@@ -94,7 +94,7 @@ class Config:
     clip: float = knob(0.2, BETWEEN, "PPO's epsilon: past 1 +- this, a ratio new / old gains nothing")
     ppo_epochs: int = knob(4, at_least(1), "updates on each batch")
     learning_rate: float = knob(5e-4, NOT_NEGATIVE, "Adam's, falling to 0 over the steps")
-    drift: float = knob(0.75, NOT_NEGATIVE, "noise in the actor's start, in deviations of a weight; 0 in training")
+    drift: float = knob(0.75, NOT_NEGATIVE, "how far the actor starts off the reference, in deviations; 0 in training")
     seed: int = knob(0, at_least(0), "seed of all randomness")
 
     def __post_init__(self):
@@ -133,7 +133,7 @@ def core_loop(models, config, rng):
         # 2. Generate
         responses, mask, old_logprobs, logits = generate(
             actor, prompts, config.response_length, rng, eos_token,
-            keep_logits=config.steps == 1)  # (B, T), three of them, and (B, T, V)
+            keep_logits=config.steps == 1)  # three (B, T), one (B, T, V) or None
         yield {"responses": responses, "mask": mask,
                "old_logprobs": old_logprobs, "logits": logits}
         del logits  # only shown, and the largest array of all
