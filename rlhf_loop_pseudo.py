@@ -10,13 +10,13 @@
 Reinforcement learning from human feedback, as in InstructGPT, with four toy models: the actor writes and learns, the
 critic predicts its reward, the reward model scores whole responses, the reference is the actor as it began. The steps:
 
-    1. sample prompts                                           sample_prompts
-    2. the actor generates responses                            generate
-    3. the reward model scores them                             score_responses
-    4. the reference tells how far the actor has moved: KL      token_logprobs, kl_penalty
-    5. score and KL become one reward per token                 shape_rewards
-    6. GAE: how much better than the critic expected?           critic_values, gae, whiten; or group_advantages
-    7. update the actor by PPO, the critic by regression        actor_gradients, critic_gradients, adam_step
+    1. sample prompts                                 sample_prompts
+    2. the actor generates responses                  generate
+    3. the reward model scores them                   score_responses
+    4. the reference: how far has the actor moved?    token_logprobs, kl_penalty
+    5. score and KL become one reward per token       shape_rewards
+    6. GAE: how much better than the critic thought?  critic_values, gae, whiten; or group_advantages
+    7. PPO for the actor, regression for the critic   ppo_loss, value_loss, actor_gradients, critic_gradients, adam_step
 
 The lesson, by sections: 2 the knobs, 3 the loop, 4 these functions, 5 the human and the reward model, before the loop,
 6 the models, forward and backward. The rest is no part of it: 7 measuring, 8 the presentation, 9 the command line.

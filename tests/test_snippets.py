@@ -47,6 +47,18 @@ def test_the_loop_comes_before_what_it_calls_and_within_150_lines():
     assert SOURCE.split("# ANCHOR: core_loop")[0].count("\n") < 150
 
 
+def test_the_first_lines_name_the_functions_of_each_step():
+    told = [
+        (number, name)
+        for number, names in re.findall(r"^    (\d)\. .*?  +(\w+(?:[,;] (?:or )?\w+)*)$", loop.__doc__, re.MULTILINE)
+        for name in re.split(r"[,;] (?:or )?", names)
+    ]
+    steps = {name: re.match(r"Step (\d)", getattr(loop, name).__doc__) for name in ANCHORED}
+    assert sorted(told) == sorted((step[1], name) for name, step in steps.items() if step)
+    section_4 = SOURCE.split(" 4. the seven steps")[1].split(" 5. before the loop")[0]
+    assert all(f"\ndef {name}(" in section_4 for _, name in told)
+
+
 def test_no_line_is_too_long_for_a_page():
     between = False
     for number, line in enumerate(SOURCE.splitlines(), 1):
