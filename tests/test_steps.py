@@ -218,6 +218,21 @@ def test_exact_kl(batch):
     np.testing.assert_allclose(loop.exact_kl(logits, batch.model, *tokens), 0, atol=1e-9)
 
 
+@given(batches)
+def test_exact_kl_of_policies_that_are_almost_sure(batch):
+    """Their logits are hundreds apart, more than exp can hold."""
+    sure = {**batch.model, "head": batch.model["head"] * 1e4}
+    other, tokens = {**sure, "head": sure["head"] * 0.9}, (batch.prompts, batch.responses)
+    p, q = (
+        np.array([slow_logprobs(model, batch.sequence(*place)) for place in everywhere(batch.mask)])
+        for model in (sure, other)
+    )
+    assert np.ptp(p) > 2000
+    expected = (np.exp(p) * (p - q)).sum(axis=1).reshape(batch.mask.shape)
+    kl = loop.exact_kl(p.reshape(*batch.mask.shape, -1), other, *tokens)
+    np.testing.assert_allclose(kl, expected, rtol=1e-6, atol=1e-6)
+
+
 @given(st.floats(-30, 5), st.floats(-30, 5))
 def test_kl_estimators(lp, ref):
     arrays = read_only(np.array([[lp]]), np.array([[ref]]))
