@@ -218,6 +218,7 @@ def test_no_theory_where_it_is_dear(tmp_path):
     assert "J*" not in text
     assert not [name for name in data if name.startswith("theory/")]
     text, data = shown(f"{DEAR} --beta 0.3 1", tmp_path)
+    assert "fresh prompts" not in text
     rows = table_below(text, "score", "human", "KL", "J", "share", "passes")
     for run, (_, _, _, score, human, kl, j, share, *_) in enumerate(rows):
         assert rounds(Number(score), data["objective/scores"][run, -1], 2)
