@@ -35,6 +35,7 @@ if __name__ == "__main__":  # at these sizes a second BLAS thread gains nothing 
 import argparse
 import ast
 import inspect
+import io
 import json
 import math
 import re
@@ -1362,10 +1363,9 @@ def run_trainings(console, configs, kept):
     runs, steps, models = [], configs[0].steps, None
     show(console, LEGEND)
     for run, config in enumerate(configs):
-        label = f"β {config.beta:g}, {config.advantage}"
         models, rng = set_up(console, config, kept, models)
         history = {"objective/human_scores": np.full(steps, np.nan)}  # which stays where nobody can read
-        texts, begun = [], time.monotonic()
+        label, texts, begun = f"β {config.beta:g}, {config.advantage}", [], time.monotonic()
         with make_console(quiet=not sys.stdout.isatty()).status("") as live:  # another console: never in an export
             for metrics, response in train(models, config, rng):
                 for name, value in metrics.items():
@@ -1384,12 +1384,11 @@ def run_trainings(console, configs, kept):
         show(console, training_page(label, config, history, texts))
     show(console, comparison_page(console, runs) if len(runs) > 1 else course_page(console, config, history, gain))
 
-def write_whole(path, write):
-    """Let write fill a new file beside path and put it in path's place: whole, or not at all."""
+def write_whole(path, data):
+    """Write bytes to a new file beside path and put it in path's place: whole, or not at all."""
     partial = path.with_name(f".{path.name}.partial")
     try:
-        with partial.open("wb") as file:
-            write(file)
+        partial.write_bytes(data)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -1400,7 +1399,8 @@ def save(path, configs, kept):
         kept = {name: array if name.startswith("preferences") else array[0] for name, array in kept.items()}
     values = {name: [getattr(each, name) for each in configs] for name in asdict(configs[0])}
     config = {name: each if len(set(each)) > 1 else each[0] for name, each in values.items()}
-    write_whole(path, lambda file: np.savez(file, config=json.dumps(config), **kept))
+    np.savez(file := io.BytesIO(), config=json.dumps(config), **kept)
+    write_whole(path, file.getvalue())
 
 def export(path, console):
     """Write what was shown in the format of path's suffix, in colours that can be read on black."""
@@ -1412,7 +1412,7 @@ def export(path, console):
         text = console.export_svg(title="rlhf_loop_pseudo", theme=theme)
     elif path.suffix == ".html":
         text = console.export_html(theme=theme)
-    write_whole(path, lambda file: file.write(text.encode("utf-8")))
+    write_whole(path, text.encode("utf-8"))
 
 def main(argv=None):
     """Run the command line argv, sys.argv without it. Returns the exit code: 0, 1, 2 or 130."""
