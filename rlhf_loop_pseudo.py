@@ -2,128 +2,147 @@
 # requires-python = ">=3.10"
 # dependencies = ["numpy>=1.26", "rich>=13.8"]
 # ///
-"""The complete RLHF-PPO training loop in one file, with real numbers.
+"""RLHF in one file, for real: fine-tuning, a reward model and the PPO loop.
 
-    python rlhf_loop_pseudo.py                               one step, every tensor shown
-    python rlhf_loop_pseudo.py --preset letters --steps 200  human feedback, then training
+    python rlhf_loop_pseudo.py                               one step, every tensor
+    python rlhf_loop_pseudo.py --preset letters              in words, with all stages
+    python rlhf_loop_pseudo.py --preset letters --steps 200  and with training
 
-Reinforcement learning from human feedback, as in InstructGPT, with four toy models: the actor writes and learns, the
-critic predicts its reward, the reward model scores whole responses, the reference is the actor as it began. The steps:
+Reinforcement learning from human feedback as in InstructGPT, with four toy models:
+the actor writes and learns, the reward model scores whole responses, the reference is
+the actor as it began, the critic predicts the reward still to come.
 
-    1. sample prompts                                 sample_prompts
-    2. the actor generates responses                  generate
-    3. the reward model scores them                   score_responses
-    4. the reference: how far has the actor moved?    token_logprobs, kl_penalty
-    5. score and KL become one reward per token       shape_rewards
-    6. GAE: how much better than the critic thought?  critic_values, gae, whiten; or group_advantages
-    7. PPO for the actor, regression for the critic   ppo_loss, value_loss, actor_gradients, critic_gradients, adam_step
+  prompts ─► actor ─► responses ─┬─► reward model ─► score ──────────┐
+               ▲                 ├─► reference ─► KL from the actor ─┴► rewards ─┐
+               │                 └─► critic ────► values ───────────► GAE ◄──────┘
+               │                        ▲                              │
+               └────── PPO update ──────┴───────────── advantages ◄────┘
 
-The lesson, by sections: 2 the knobs, 3 the loop, 4 these functions, 5 the human and the reward model, before the loop,
-6 the models, forward and backward. The rest is no part of it: 7 measuring, 8 the presentation, 9 the command line.
+    1. sample prompts                           sample_prompts
+    2. the actor generates responses            generate
+    3. the reward model scores them             score_responses
+    4. the reference: how far has it moved?     token_logprobs, kl_penalty
+    5. score and KL become a reward per token   shape_rewards
+    6. how much better than expected?           critic_values, gae, whiten;
+                                                or rloo_advantages, grpo_advantages
+    7. PPO, and regression for the critic       ppo_loss, value_loss, adam_step,
+                                                actor_gradients, critic_gradients
 
-The models are tiny and start at random; what happens to them is real: gradients, masks, clipping and Adam are exact.
-Letters in shape comments: B sequences, P prompt tokens, T response tokens, V vocabulary,
-D width, S sequence (P + T or less), N any number of rows. Log probabilities and KL are in nats.
+The lesson, by sections: 2 configuration, 3 the loop, 4 these functions, 5 what comes
+before the loop, 6 the models and their gradients. No part of it: 7 measuring, 8 the
+presentation, 9 the command line. Models and human are toys; no number is made up.
+
+In shape comments B are sequences, P prompt tokens, T response tokens, V vocabulary, D
+width, S a sequence (P + T or less), N any rows. Log probabilities and KL are in nats.
 """
 
 import os
 import sys
 
-if __name__ == "__main__":  # at these sizes a second BLAS thread gains nothing and, on a busy machine, costs a lot
+if sys.version_info < (3, 10):
+    sys.exit(f"Python 3.10 or newer is needed, and this is {sys.version.split()[0]}.")
+if __name__ == "__main__":  # before numpy: at these sizes more threads gain nothing
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import argparse
-import ast
+import difflib
+import dis
+import importlib.util
 import inspect
 import io
 import json
 import math
-import re
-import time
-from collections import namedtuple
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Annotated, NamedTuple
 
 try:
     import numpy as np
-    from rich.console import Console
-    from rich.terminal_theme import TerminalTheme
+    from rich import terminal_theme
+    from rich.console import Console, Group
+    from rich.highlighter import RegexHighlighter
+    from rich.padding import Padding
+    from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+    from rich.table import Table
     from rich.text import Text
     from rich.theme import Theme
 except ModuleNotFoundError as missing:
-    sys.exit(f"{missing.name} is not installed. Run: python -m pip install numpy rich")
+    sys.exit(f"{missing.name} is missing. Run: python -m pip install numpy rich")
 
-# Laid out by hand from here on: what stands between anchors fits a page of 88 columns.
-# fmt: off
-# ------------------------------------------------------------------ 2. configuration
+# ---------------------------------------------------------------- 2. configuration
 
-LETTERS = "abcdefghijklmnopqrstuvwxyz."  # the last ends a word
-# A rule is a pair: what is allowed, in words, and the test for it.
-NOT_NEGATIVE = "a finite number of at least 0", lambda x: 0 <= x < math.inf
-FRACTION = "a number from 0 to 1", lambda x: 0 <= x <= 1
-BETWEEN = "a number between 0 and 1, both excluded", lambda x: 0 < x < 1
+LETTERS = "abcdefghijklmnopqrstuvwxyz."  # tokens where V is 27; the last ends a word
 
-def at_least(least):
-    """The rule for a whole number that has a lower bound."""
-    return f"a whole number of at least {least}", lambda x: x >= least and x % 1 == 0
-
-def one_of(*names):
-    """The rule for a name."""
-    return f"one of {', '.join(names)}", lambda x: x in names
-
-def knob(default, rule, meaning):
-    """A field of Config: its default, what is allowed, and what it means."""
-    return field(default=default, metadata={"rule": rule, "meaning": meaning})
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that affects the algorithm; raises ValueError for a value that is not allowed."""
+    """Everything that affects the algorithm; ValueError for what is not allowed."""
 
-    batch_size: int = knob(4, at_least(1), "B, responses in a batch")
-    prompt_length: int = knob(64, at_least(1), "P, tokens in a prompt")
-    response_length: int = knob(128, at_least(1), "T, most tokens in a response")
-    vocab_size: int = knob(50257, at_least(2), "V; the last token ends a text; GPT-2 has 50257")
-    width: int = knob(32, at_least(1), "D, numbers in a hidden state; GPT-2 has 768")
-    preference_pairs: int = knob(2048, at_least(1), "choices of the human, where V is 27 and text can be read")
-    steps: int = knob(1, at_least(1), "batches to train on, each by the seven steps; 1 is the walk-through")
-    beta: float = knob(0.02, NOT_NEGATIVE, "price of KL, score per nat; 0.02 is InstructGPT's")
-    kl_estimator: str = knob("k1", one_of("k1", "k2", "k3"), "KL of a token; as a reward only k1 has KL's gradient")
-    advantage: str = knob("gae", one_of("gae", "rloo", "grpo"), "from a critic (gae), or by comparison in a group")
-    group_size: int = knob(4, at_least(2), "responses to each prompt, with rloo and grpo")
-    gamma: float = knob(1.0, FRACTION, "discount per token")
-    lam: float = knob(0.95, FRACTION, "GAE's lambda, per token")
-    clip: float = knob(0.2, BETWEEN, "PPO's epsilon: past 1 +- this, a ratio new / old gains nothing")
-    ppo_epochs: int = knob(4, at_least(1), "updates on each batch")
-    learning_rate: float = knob(5e-4, NOT_NEGATIVE, "Adam's, falling to 0 over the steps")
-    drift: float = knob(0.75, NOT_NEGATIVE, "how far the actor starts off the reference, in deviations; 0 in training")
-    seed: int = knob(0, at_least(0), "seed of all randomness")
+    batch_size: Annotated[int, "B, responses in a batch"] = 4
+    prompt_length: Annotated[int, "P, tokens in a prompt"] = 64
+    response_length: Annotated[int, "T, most tokens in a response"] = 128
+    vocab_size: Annotated[int, "V; the last ends a text; 27 are letters"] = 50257
+    width: Annotated[int, "D, numbers in a hidden state; GPT-2 has 768"] = 32
+    preference_pairs: Annotated[int, "choices of the human, with letters"] = 2048
+    steps: Annotated[int, "batches to train on; 1 is the walk-through"] = 1
+    beta: Annotated[float, "price of KL, score per nat; InstructGPT's is 0.02"] = 0.02
+    kl_estimator: Annotated[str, "KL of a token: k1, k2 or k3"] = "k1"
+    advantage: Annotated[str, "gae: by a critic; rloo, grpo: in a group"] = "gae"
+    group_size: Annotated[int, "responses to each prompt, with rloo and grpo"] = 4
+    gamma: Annotated[float, "discount per token, with gae"] = 1.0
+    lam: Annotated[float, "GAE's lambda, per token"] = 0.95
+    clip: Annotated[float, "PPO's epsilon: a ratio past 1 +- it gains nothing"] = 0.2
+    ppo_epochs: Annotated[int, "updates on each batch"] = 4
+    learning_rate: Annotated[float, "Adam's, falling to 0 over the steps"] = 5e-4
+    drift: Annotated[float, "how far the actor starts off the reference"] = 0.75
+    seed: Annotated[int, "seed of all randomness"] = 0
 
     def __post_init__(self):
-        for each in fields(self):
-            value, (allowed, holds) = getattr(self, each.name), each.metadata["rule"]
+        for name, value in vars(self).items():
+            rule, holds = RULES.get(name, WHOLE_FROM_1)
             if not holds(value):
-                raise ValueError(f"--{each.name.replace('_', '-')}: {value!r} is not {allowed}")
+                raise ValueError(f"--{name.replace('_', '-')}: {value} is not {rule}")
         if self.advantage != "gae" and self.batch_size % self.group_size:
-            raise ValueError(f"--batch-size: {self.batch_size} is no multiple of --group-size, {self.group_size}")
+            raise ValueError("--batch-size: is not a whole number of --group-size")
+        if self.readable and self.prompt_length != 1:
+            raise ValueError("--prompt-length: is 1 where the 27 tokens are letters")
 
     @property
     def readable(self):
-        """Whether tokens are letters, which the human can read and judge."""
+        """Whether tokens are letters, so that the human can read what is written."""
         return self.vocab_size == len(LETTERS)
 
-# ------------------------------------------------------------------ 3. the loop
+
+WHOLE_FROM_1 = "a whole number from 1 to 10^9", lambda x: x in range(1, 10**9 + 1)
+WHOLE_FROM_2 = "a whole number from 2 to 10^9", lambda x: x in range(2, 10**9 + 1)
+NOT_NEGATIVE = "a finite number of at least 0", lambda x: 0 <= x < math.inf
+FRACTION = "a number from 0 to 1", lambda x: 0 <= x <= 1
+RULES = {
+    **dict.fromkeys(["vocab_size", "group_size"], WHOLE_FROM_2),
+    **dict.fromkeys(["beta", "learning_rate", "drift"], NOT_NEGATIVE),
+    **dict.fromkeys(["gamma", "lam"], FRACTION),
+    "clip": ("a number between 0 and 1", lambda x: 0 < x < 1),
+    "kl_estimator": ("k1, k2 or k3", lambda x: x in ("k1", "k2", "k3")),
+    "advantage": ("gae, rloo or grpo", lambda x: x in ("gae", "rloo", "grpo")),
+    "seed": ("a whole number from 0 to 10^18", lambda x: x in range(10**18 + 1)),
+}
+
+# ---------------------------------------------------------------- 3. the loop
+
 
 # ANCHOR: core_loop
 def core_loop(models, config, rng):
     """The seven steps, for each of config.steps batches: RLHF with PPO.
 
-    A generator of named arrays, a dict for each of the seven: whoever drains it decides
-    whether to show, save or only train. Actor and critic change in place, the others
-    never. With rloo or grpo there is no critic, but a group of responses to a prompt.
+    A generator of named arrays, a dict for each of the seven: whoever drains it
+    decides whether to show, save or only train. Actor and critic change in place, the
+    others never. With rloo or grpo there is no critic, but a group of responses to a
+    prompt.
     """
     actor, critic, reward_model, reference = models
-    actor_state, critic_state, eos_token = {}, {}, config.vocab_size - 1
-    group_size = 1 if critic else config.group_size
+    actor_state, critic_state = {}, {}
+    eos_token = config.vocab_size - 1
+    group_size = config.group_size if critic is None else 1
     for step in range(config.steps):
         # 1. Sample prompts
         count = config.batch_size // group_size
@@ -132,12 +151,10 @@ def core_loop(models, config, rng):
         yield {"prompts": prompts}
 
         # 2. Generate
-        responses, mask, old_logprobs, logits = generate(
-            actor, prompts, config.response_length, rng, eos_token,
-            keep_logits=config.steps == 1)  # three (B, T), one (B, T, V) or None
-        yield {"responses": responses, "mask": mask,
-               "old_logprobs": old_logprobs, "logits": logits}
-        del logits  # only shown, and the largest array of all
+        responses, mask, old_logprobs = generate(
+            actor, prompts, config.response_length, rng, eos_token
+        )  # (B, T) each
+        yield {"responses": responses, "mask": mask, "old_logprobs": old_logprobs}
 
         # 3. Score
         scores = score_responses(reward_model, prompts, responses, mask)  # (B,)
@@ -152,37 +169,52 @@ def core_loop(models, config, rng):
         rewards = shape_rewards(scores, kl, mask, config.beta)  # (B, T)
         yield {"rewards": rewards}
 
-        # 6. Advantages
-        if critic:
+        # 6. Advantages, (B, T)
+        if config.advantage == "gae":
             values = critic_values(critic, prompts, responses) * mask
             advantages, returns = gae(rewards, values, mask, config.gamma, config.lam)
-            besides = {"values": values, "returns": returns}
-        else:
-            advantages = group_advantages(rewards, mask, group_size, config.advantage)
-            besides = {}
-        scaled = config.advantage == "grpo"  # by the deviation of each group
-        whitened = advantages if scaled else whiten(advantages, mask)
-        yield {**besides, "advantages": advantages, "whitened": whitened}
+            whitened = whiten(advantages, mask)
+            yield {
+                "values": values,
+                "advantages": advantages,
+                "returns": returns,
+                "whitened": whitened,
+            }
+        elif config.advantage == "rloo":
+            advantages = rloo_advantages(rewards, mask, group_size)
+            whitened = whiten(advantages, mask)
+            yield {"advantages": advantages, "whitened": whitened}
+        else:  # each group is scaled by its own deviation already
+            whitened = grpo_advantages(rewards, mask, group_size)
+            yield {"advantages": whitened, "whitened": whitened}
 
         # 7. PPO update
         learning_rate = config.learning_rate * (1 - step / config.steps)
         actor_losses, critic_losses, ratios = [], [], []
         for _ in range(config.ppo_epochs):
-            gradients, actor_loss, ratio = actor_gradients(
-                actor, prompts, responses, old_logprobs, whitened, mask, config.clip)
+            gradients, loss, ratio = actor_gradients(
+                actor, prompts, responses, old_logprobs, whitened, mask, config.clip
+            )
             adam_step(actor, gradients, actor_state, learning_rate)
-            actor_losses.append(actor_loss)
+            actor_losses.append(loss)
             ratios.append(ratio)
-            if critic:
-                gradients, critic_loss = critic_gradients(
-                    critic, prompts, responses, returns, mask)
+            if critic is not None:
+                gradients, loss = critic_gradients(
+                    critic, prompts, responses, returns, mask
+                )
                 adam_step(critic, gradients, critic_state, learning_rate)
-                critic_losses.append(critic_loss)
-        yield {"ratio": np.stack(ratios), "actor_loss": np.array(actor_losses),
-               "critic_loss": np.array(critic_losses), "lr": np.array(learning_rate)}
-# ANCHOR_END: core_loop
+                critic_losses.append(loss)
+        yield {
+            "ratio": np.stack(ratios),  # (epochs, B, T)
+            "actor_loss": np.array(actor_losses),
+            "critic_loss": np.array(critic_losses),
+            "lr": np.array(learning_rate),
+        }
+    # ANCHOR_END: core_loop
 
-# ------------------------------------------------------------------ 4. the seven steps
+
+# ---------------------------------------------------------------- 4. the seven steps
+
 
 # ANCHOR: sample_prompts
 def sample_prompts(rng, batch_size, prompt_length, vocab_size):
@@ -192,10 +224,11 @@ def sample_prompts(rng, batch_size, prompt_length, vocab_size):
     Source: x ~ D in Ziegler et al. 2019, section 2.
     """
     return rng.integers(0, vocab_size - 1, size=(batch_size, prompt_length))
-# ANCHOR_END: sample_prompts
+    # ANCHOR_END: sample_prompts
+
 
 # ANCHOR: generate
-def generate(actor, prompts, response_length, rng, eos_token, keep_logits=True):
+def generate(actor, prompts, response_length, rng, eos_token):
     """Step 2. Sample a response to each prompt, token by token.
 
     token[t] ~ softmax(hidden[P - 1 + t] @ head), temperature 1
@@ -203,32 +236,33 @@ def generate(actor, prompts, response_length, rng, eos_token, keep_logits=True):
     The context is a running sum, so that each token costs one position, not the whole
     sequence: what a key-value cache does for a transformer.
 
-    prompts (B, P) int. Returns (responses, mask, logprobs, logits): responses (B, T)
-    int, eos_token after the end; mask (B, T), 1 up to and including the first end
-    token; logprobs (B, T) in nats, 0 at padding; logits (B, T, V), None unless
-    keep_logits. Source: Radford et al. 2018 (GPT), equations 1 and 2.
+    prompts (B, P) int. Returns (responses, mask, logprobs), (B, T) each: responses
+    int, eos_token after the end; mask 1 up to and including the first end token;
+    logprobs in nats, 0 at padding. Raises ValueError for what is no token of the
+    actor. Source: Radford et al. 2018 (GPT), equations 1 and 2.
     """
-    (batch_size, prompt_length), head = prompts.shape, actor["head"]
+    prompts = token_ids(actor, prompts)
+    batch_size, prompt_length = prompts.shape
+    embed = actor["embed"]
     responses = np.full((batch_size, response_length), eos_token)
-    mask, logprobs = np.zeros((2, *responses.shape), dtype=head.dtype)
-    logits = None
-    if keep_logits:
-        logits = np.empty((*responses.shape, head.shape[1]), dtype=head.dtype)
-    context_sum = actor["embed"][prompts].sum(axis=1)  # (B, P, D) -> (B, D)
-    token, running = prompts[:, -1], np.ones(batch_size, dtype=bool)
+    mask = np.zeros(responses.shape, dtype=embed.dtype)
+    logprobs = np.zeros_like(mask)
+    context_sum = embed[prompts].sum(axis=1)  # (B, P, D) -> (B, D)
+    token = prompts[:, -1]
+    running = np.ones(batch_size, dtype=bool)
     for t in range(response_length):
         context = context_sum / (prompt_length + t) ** 0.5
-        hidden = np.tanh(actor["embed"][token] + context @ actor["mix"])  # (B, D)
-        token_logits = hidden @ head  # (B, D) -> (B, V)
-        sampled, logprob = sample_tokens(token_logits, rng)  # (B, V) -> (B,)
+        hidden = np.tanh(embed[token] + context @ actor["mix"])  # (B, D)
+        sampled, logprob = sample_tokens(hidden @ actor["head"], rng)  # (B,) both
         token = np.where(running, sampled, eos_token)
-        responses[:, t], mask[:, t], logprobs[:, t] = token, running, running * logprob
-        if keep_logits:
-            logits[:, t] = token_logits
+        responses[:, t] = token
+        mask[:, t] = running
+        logprobs[:, t] = np.where(running, logprob, 0)
         running = token != eos_token
-        context_sum = context_sum + actor["embed"][token]
-    return responses, mask, logprobs, logits
-# ANCHOR_END: generate
+        context_sum = context_sum + embed[token]
+    return responses, mask, logprobs
+    # ANCHOR_END: generate
+
 
 # ANCHOR: score_responses
 def score_responses(reward_model, prompts, responses, mask):
@@ -237,12 +271,15 @@ def score_responses(reward_model, prompts, responses, mask):
     score = hidden[last real token] @ head, plus the bias of a trained model
 
     prompts (B, P), responses, mask (B, T). Returns (B,). Raises ValueError for shapes
-    that differ or an empty row. Source: InstructGPT (Ouyang et al. 2022), section 3.5.
+    that differ, an empty row, or what is no token of the model.
+    Source: InstructGPT (Ouyang et al. 2022), section 3.5.
     """
-    hidden, _ = backbone(reward_model, np.concatenate([prompts, responses], axis=1))
-    last = hidden[last_positions(prompts, responses, mask)]  # (B, P + T, D) -> (B, D)
-    return (last @ reward_model["head"])[:, 0] + reward_model.get("bias", 0.0)
-# ANCHOR_END: score_responses
+    last = last_positions(prompts, responses, mask)
+    hidden, _ = backbone(reward_model, token_ids(reward_model, prompts, responses))
+    scores = hidden[last] @ reward_model["head"]  # (B, P + T, D) -> (B, D) -> (B, 1)
+    return scores[:, 0] + reward_model.get("bias", 0.0)
+    # ANCHOR_END: score_responses
+
 
 # ANCHOR: token_logprobs
 def token_logprobs(model, prompts, responses):
@@ -251,13 +288,13 @@ def token_logprobs(model, prompts, responses):
     logprob[t] = log softmax(hidden[P - 1 + t] @ head)[responses[t]]
 
     prompts (B, P), responses (B, T). Returns (B, T) in nats, padding not masked.
+    Raises ValueError for what is no token of the model.
     Source: Radford et al. 2018 (GPT), equations 1 and 2.
     """
-    hidden, _ = backbone(model, response_inputs(prompts, responses))  # (B, S, D)
-    states = hidden[:, prompts.shape[1] - 1 :]  # (B, S, D) -> (B, T, D)
-    logprobs, _ = chosen_logprobs(states, model["head"], responses)  # (B, T)
+    logprobs, _ = forward_logprobs(model, prompts, responses)
     return logprobs
-# ANCHOR_END: token_logprobs
+    # ANCHOR_END: token_logprobs
+
 
 # ANCHOR: kl_penalty
 def kl_penalty(logprobs, ref_logprobs, estimator="k1"):
@@ -268,15 +305,15 @@ def kl_penalty(logprobs, ref_logprobs, estimator="k1"):
     k1 and k3 have the KL as their mean, k2 nearly; k1 may be negative on a token, the
     others never. In the reward only k1 trains RLHF: a reward moves the policy along
     E[∇ log p * kl], which is ∇ KL for k1, but for k2 and k3 vanishes to first order
-    where actor and reference are equal: with these the actor drifts off.
+    where actor and reference are equal: there, they do not pull the actor back.
 
     logprobs, ref_logprobs (B, T). Returns (B, T), all in nats. Raises ValueError for
     shapes that differ or another estimator.
     Source: Schulman 2020, "Approximating KL Divergence".
     """
-    if logprobs.shape != ref_logprobs.shape:
+    if np.shape(logprobs) != np.shape(ref_logprobs):
         raise ValueError("logprobs, ref_logprobs: shapes differ")
-    difference = logprobs - ref_logprobs
+    difference = np.multiply(logprobs, 1.0) - ref_logprobs
     if estimator == "k1":
         return difference
     if estimator == "k2":
@@ -284,29 +321,34 @@ def kl_penalty(logprobs, ref_logprobs, estimator="k1"):
     if estimator == "k3":
         return np.expm1(-difference) + difference
     raise ValueError(f"estimator: {estimator!r} is not k1, k2 or k3")
-# ANCHOR_END: kl_penalty
+    # ANCHOR_END: kl_penalty
+
 
 # ANCHOR: shape_rewards
 def shape_rewards(scores, kl, mask, beta):
     """Step 5. Merge score and KL penalty: a reward per token.
 
-    reward[t] = -beta * kl[t], and the score on top of it at the last real token, where
-    the response is complete and can be judged. A row's sum is score - beta * its KL.
+    reward[t] = -beta * kl[t], and the score on top of it at the last real token,
+    where the response is complete and can be judged. A row's sum is score - beta *
+    its KL.
 
-    scores (B,), kl (B, T) in nats, mask (B, T), beta in score per nat. Returns (B, T),
-    0 at padding. Raises ValueError for shapes that do not fit or an empty row.
+    scores (B,), kl (B, T) in nats, mask (B, T), beta in score per nat. Returns (B,
+    T), 0 at padding. Raises ValueError for shapes that do not fit or an empty row.
     Source: Ziegler et al. 2019, equation 2.
     """
-    if kl.shape != mask.shape or scores.shape != mask.shape[:1]:
+    real = np.asarray(mask).astype(bool)
+    if np.shape(kl) != real.shape or np.shape(scores) != real.shape[:1]:
         raise ValueError("scores, kl, mask: shapes are not (B,), (B, T), (B, T)")
-    real = mask.astype(bool)
     if not real.any(axis=1).all():
-        raise ValueError("mask: a row without a real token has no place for its score")
+        raise ValueError("mask: a row without a real token has nowhere to score")
     last = real.shape[1] - 1 - real[:, ::-1].argmax(axis=1)  # (B, T) -> (B,)
-    rewards = np.zeros(kl.shape, dtype=np.result_type(scores, kl))
+    priced = np.where(real & (beta != 0), kl, 0.0)  # 0 times infinity would be NaN
+    scores = np.multiply(scores, 1.0)
+    rewards = np.zeros(real.shape, dtype=np.result_type(scores, priced))
     rewards[np.arange(len(last)), last] = scores
-    return rewards - float(beta) * np.where(real, kl, 0)
-# ANCHOR_END: shape_rewards
+    return rewards - float(beta) * priced
+    # ANCHOR_END: shape_rewards
+
 
 # ANCHOR: critic_values
 def critic_values(critic, prompts, responses):
@@ -315,12 +357,13 @@ def critic_values(critic, prompts, responses):
     value[t] = hidden[P - 1 + t] @ head: the state before token t is chosen
 
     prompts (B, P), responses (B, T). Returns (B, T), in units of reward, padding not
-    masked. Source: V in Schulman et al. 2016, section 2.
+    masked. Raises ValueError for what is no token of the critic.
+    Source: V in Schulman et al. 2016, section 2.
     """
-    hidden, _ = backbone(critic, response_inputs(prompts, responses))  # (B, S, D)
-    states = hidden[:, prompts.shape[1] - 1 :]  # (B, S, D) -> (B, T, D)
+    states, _ = predicting_states(critic, prompts, responses)  # (B, T, D)
     return (states @ critic["head"])[..., 0]  # (B, T, D) -> (B, T)
-# ANCHOR_END: critic_values
+    # ANCHOR_END: critic_values
+
 
 # ANCHOR: gae
 def gae(rewards, values, mask, gamma, lam):
@@ -336,94 +379,121 @@ def gae(rewards, values, mask, gamma, lam):
     (B, T) both, 0 at padding. Raises ValueError for shapes that differ.
     Source: Schulman et al. 2016, equations 11 and 16 to 18.
     """
-    if not rewards.shape == values.shape == mask.shape:
+    if not np.shape(rewards) == np.shape(values) == np.shape(mask):
         raise ValueError("rewards, values, mask: shapes differ")
-    real = mask.astype(bool)
-    rewards, values = np.where(real, rewards, 0.0), np.where(real, values, 0.0)
-    advantages = np.zeros(mask.shape, dtype=np.result_type(rewards, values))
-    next_value = next_advantage = np.zeros(len(mask), dtype=advantages.dtype)
-    for t in reversed(range(mask.shape[1])):
+    real = np.asarray(mask).astype(bool)
+    rewards = np.where(real, rewards, 0.0)
+    values = np.where(real, values, 0.0)
+    advantages = np.zeros(real.shape, dtype=np.result_type(rewards, values))
+    next_value = np.zeros(len(real), dtype=advantages.dtype)
+    next_advantage = np.zeros_like(next_value)
+    for t in reversed(range(real.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
         advantages[:, t] = delta + gamma * lam * next_advantage
         next_advantage = np.where(real[:, t], advantages[:, t], next_advantage)
         next_value = np.where(real[:, t], values[:, t], next_value)
     advantages = np.where(real, advantages, 0.0)
     return advantages, advantages + values
-# ANCHOR_END: gae
+    # ANCHOR_END: gae
 
-# ANCHOR: group_advantages
-def group_advantages(rewards, mask, group_size, method):
-    """Step 6 without a critic. Compare the responses of a group.
 
-    R is the sum of a response's rewards; mean and deviation are those of its group.
+# ANCHOR: rloo_advantages
+def rloo_advantages(rewards, mask, group_size):
+    """Step 6 without a critic. Each response against the others of its group.
 
-    rloo: R - mean of the other R's
-    grpo: (R - mean) / (unbiased standard deviation + 1e-6)
+    advantage = R - mean of the other R's, R the sum of a response's rewards
 
-    rewards, mask (B, T), a group in group_size adjacent rows; method "rloo" or "grpo".
-    Returns (B, T), the same for all real tokens of a response, 0 at padding. Raises
-    ValueError for other shapes or methods, and rows not in whole groups of 2 or more.
-    Source: Ahmadian et al. 2024, section 3; Shao et al. 2024, section 4.1.2.
+    rewards, mask (B, T), a group in group_size adjacent rows. Returns (B, T), the
+    same for all real tokens of a response, 0 at padding. Raises ValueError for shapes
+    that differ and rows not in whole groups of 2 or more. Source: Ahmadian et al.
+    2024 (RLOO), section 3.
     """
-    if rewards.shape != mask.shape or group_size < 2 or len(mask) % group_size:
-        raise ValueError("rewards, mask: shapes differ, or no whole groups of 2 and up")
-    if method not in ("rloo", "grpo"):
-        raise ValueError(f"method: {method!r} is not rloo or grpo")
+    if np.shape(rewards) != np.shape(mask):
+        raise ValueError("rewards, mask: shapes differ")
+    if group_size < 2 or len(mask) % group_size:
+        raise ValueError("group_size: rows are not in whole groups of 2 or more")
     rewards = np.where(mask, rewards, 0.0)
-    totals = rewards.sum(axis=1, dtype=np.float64).reshape(-1, group_size)  # (B / G, G)
-    if method == "rloo":
-        others = (totals.sum(axis=1, keepdims=True) - totals) / (group_size - 1)
-        advantages = totals - others
-    else:
-        centered = totals - totals.mean(axis=1, keepdims=True)
-        advantages = centered / (totals.std(axis=1, ddof=1, keepdims=True) + 1e-6)
-    advantages = advantages.reshape(-1, 1).astype(rewards.dtype)  # (B / G, G) -> (B, 1)
-    return np.where(mask, advantages, 0.0)  # (B, 1) -> (B, T)
-# ANCHOR_END: group_advantages
+    totals = rewards.sum(axis=1, dtype=np.float64)  # (B, T) -> (B,)
+    totals = totals.reshape(-1, group_size)  # (B,) -> (B / G, G)
+    others = (totals.sum(axis=1, keepdims=True) - totals) / (group_size - 1)
+    advantages = (totals - others).reshape(-1, 1)  # (B / G, G) -> (B, 1)
+    return np.where(mask, advantages, 0.0).astype(rewards.dtype)  # (B, 1) -> (B, T)
+    # ANCHOR_END: rloo_advantages
+
+
+# ANCHOR: grpo_advantages
+def grpo_advantages(rewards, mask, group_size):
+    """Step 6 without a critic. Each response's distance from its group's mean.
+
+    advantage = (R - mean) / (deviation + 1e-6), R the sum of a response's rewards
+
+    The deviation is the unbiased standard deviation of the group. rewards, mask (B,
+    T), a group in group_size adjacent rows. Returns (B, T), the same for all real
+    tokens of a response, 0 at padding. Raises ValueError for shapes that differ and
+    rows not in whole groups of 2 or more. Source: Shao et al. 2024 (GRPO), section
+    4.1.2.
+    """
+    if np.shape(rewards) != np.shape(mask):
+        raise ValueError("rewards, mask: shapes differ")
+    if group_size < 2 or len(mask) % group_size:
+        raise ValueError("group_size: rows are not in whole groups of 2 or more")
+    rewards = np.where(mask, rewards, 0.0)
+    totals = rewards.sum(axis=1, dtype=np.float64)  # (B, T) -> (B,)
+    totals = totals.reshape(-1, group_size)  # (B,) -> (B / G, G)
+    centered = totals - totals.mean(axis=1, keepdims=True)
+    deviation = totals.std(axis=1, ddof=1, keepdims=True)  # (B / G, 1)
+    advantages = (centered / (deviation + 1e-6)).reshape(-1, 1)  # -> (B, 1)
+    return np.where(mask, advantages, 0.0).astype(rewards.dtype)  # (B, 1) -> (B, T)
+    # ANCHOR_END: grpo_advantages
+
 
 # ANCHOR: whiten
 def whiten(x, mask):
     """Step 6. Shift and scale to mean 0 and variance 1.
 
-    Over the real tokens: (x - mean) / sqrt(variance + 1e-8), the variance unbiased
-    (divided by n - 1). The sums are in float64: in float32 equal numbers would differ.
+    (x - mean) / sqrt(variance + 1e-8), mean and variance over the real tokens
+
+    The variance is unbiased, divided by n - 1; a single token has variance 0 and not
+    0 / 0. The sums are in float64: in float32 equal numbers would differ.
     x, mask (B, T). Returns (B, T), 0 at padding. Raises ValueError for shapes that
     differ or no real token. Source: masked_whiten in TRL.
     """
+    x, mask = np.asarray(x), np.asarray(mask)
     if x.shape != mask.shape or not mask.any():
         raise ValueError("mask: needs the shape of x, and a real token")
     real = x[mask.astype(bool)].astype(np.float64)  # (B, T) -> (N,)
     variance = real.var(ddof=min(1, len(real) - 1))
     whitened = (x - float(real.mean())) / float(np.sqrt(variance + 1e-8))
     return np.where(mask, whitened, 0.0)
-# ANCHOR_END: whiten
+    # ANCHOR_END: whiten
+
 
 # ANCHOR: ppo_loss
 def ppo_loss(new_logprobs, old_logprobs, advantages, mask, clip):
     """Step 7. PPO's clipped policy loss and its derivative.
 
     ratio = exp(new - old)
-    loss = mean over real tokens of -min(ratio * A, clip(ratio, 1 - clip, 1 + clip) * A)
-    d loss / d new = -ratio * A / n where ratio * A is the smaller of the two, else 0
+    loss = mean over real tokens of -min(ratio A, clip(ratio, 1 - clip, 1 + clip) A)
+    d loss / d new = -ratio A / n where ratio A is the smaller of the two, else 0
 
     The minimum takes away the gain, and so the gradient, of moving the ratio past the
     clip. All (B, T), log probabilities in nats. Returns (loss, d_loss/d_new_logprobs,
     ratio): scalar, (B, T), (B, T), 0 at padding. Raises ValueError for shapes that
     differ or no real token. Source: Schulman et al. 2017, equation 7.
     """
-    if not new_logprobs.shape == old_logprobs.shape == advantages.shape == mask.shape:
-        raise ValueError("new_logprobs, old_logprobs, advantages, mask: shapes differ")
-    if not mask.any():
-        raise ValueError("mask: no real token to learn from")
     n = int(np.count_nonzero(mask))
-    log_ratio = np.where(mask, new_logprobs, 0) - np.where(mask, old_logprobs, 0)
+    shapes = {np.shape(x) for x in (new_logprobs, old_logprobs, advantages, mask)}
+    if len(shapes) > 1 or n == 0:
+        raise ValueError("log probs, advantages, mask: shapes differ, or no token")
+    log_ratio = np.where(mask, new_logprobs, 0.0) - np.where(mask, old_logprobs, 0.0)
     ratio = np.where(mask, np.exp(log_ratio), 0.0)
-    advantages = np.where(mask, advantages, 0)
-    unclipped = ratio * advantages
+    advantages = np.where(mask, advantages, 0.0)
     clipped = np.clip(ratio, 1 - float(clip), 1 + float(clip)) * advantages
+    unclipped = np.where(advantages == 0, 0.0, ratio * advantages)  # even if infinite
     loss = -np.minimum(unclipped, clipped).sum() / n
     return loss, np.where(unclipped <= clipped, -unclipped, 0.0) / n, ratio
-# ANCHOR_END: ppo_loss
+    # ANCHOR_END: ppo_loss
+
 
 # ANCHOR: value_loss
 def value_loss(values, returns, mask):
@@ -436,61 +506,50 @@ def value_loss(values, returns, mask):
     ValueError for shapes that differ or no real token.
     Source: Schulman et al. 2017, section 5 (L^VF).
     """
-    if not values.shape == returns.shape == mask.shape or not mask.any():
-        raise ValueError("values, returns, mask: shapes differ, or no real token")
     n = int(np.count_nonzero(mask))
-    error = np.where(mask, values, 0) - np.where(mask, returns, 0)
+    if not np.shape(values) == np.shape(returns) == np.shape(mask) or n == 0:
+        raise ValueError("values, returns, mask: shapes differ, or no real token")
+    error = np.where(mask, values, 0.0) - np.where(mask, returns, 0.0)
     return (error**2).sum() / n, 2 * error / n
-# ANCHOR_END: value_loss
+    # ANCHOR_END: value_loss
+
 
 # ANCHOR: actor_gradients
 def actor_gradients(actor, prompts, responses, old_logprobs, advantages, mask, clip):
     """Step 7. Gradients of ppo_loss for the actor's weights.
 
-    Forward, loss, backward, with
-    d loss / d logits = d_loss/d_new_logprob * (one-hot of the token - softmax(logits))
+    Forward, loss, backward: d loss / d weights = d loss / d new * d new / d weights
 
-    prompts (B, P), the others (B, T). Returns (gradients, loss, ratio): keyed like the
-    parameters, scalar, (B, T) with 0 at padding. Raises ValueError as ppo_loss does.
-    Source: Schulman et al. 2017, equation 7, by the chain rule.
+    prompts (B, P), the others (B, T). Returns (gradients, loss, ratio): keyed like
+    the parameters, scalar, (B, T) with 0 at padding. Raises ValueError as ppo_loss
+    does, and for what is no token of the actor. Source: Schulman et al. 2017,
+    equation 7, by the chain rule.
     """
-    inputs, head = response_inputs(prompts, responses), actor["head"]
-    hidden, context = backbone(actor, inputs)  # (B, S, D) both
-    states = hidden[:, prompts.shape[1] - 1 :]  # (B, S, D) -> (B, T, D)
-    new_logprobs, log_sums = chosen_logprobs(states, head, responses)  # (B, T) both
-
+    new_logprobs, cache = forward_logprobs(actor, prompts, responses)  # (B, T)
     loss, d_new_logprobs, ratio = ppo_loss(
-        new_logprobs, old_logprobs, advantages, mask, clip)
+        new_logprobs, old_logprobs, advantages, mask, clip
+    )
+    return backward_logprobs(actor, cache, d_new_logprobs), loss, ratio
+    # ANCHOR_END: actor_gradients
 
-    d_states, d_head = chosen_logprobs_gradients(
-        states, head, responses, log_sums, d_new_logprobs)
-    d_hidden = np.zeros_like(hidden)
-    d_hidden[:, prompts.shape[1] - 1 :] = d_states  # (B, T, D) -> (B, S, D)
-    gradients = backbone_gradients(actor, inputs, hidden, context, d_hidden)
-    return {**gradients, "head": d_head}, loss, ratio
-# ANCHOR_END: actor_gradients
 
 # ANCHOR: critic_gradients
 def critic_gradients(critic, prompts, responses, returns, mask):
     """Step 7. Gradients of value_loss for the critic's weights.
 
     prompts (B, P), the others (B, T). Returns (gradients, loss): keyed like the
-    parameters, scalar. Raises ValueError as value_loss does.
-    Source: Schulman et al. 2017, section 5, by the chain rule.
+    parameters, scalar. Raises ValueError as value_loss does, and for what is no token
+    of the critic. Source: Schulman et al. 2017, section 5, by the chain rule.
     """
-    inputs, head = response_inputs(prompts, responses), critic["head"]
-    hidden, context = backbone(critic, inputs)  # (B, S, D) both
-    states = hidden[:, prompts.shape[1] - 1 :]  # (B, S, D) -> (B, T, D)
-    values = (states @ head)[..., 0]  # (B, T, D) -> (B, T)
-
+    states, cache = predicting_states(critic, prompts, responses)  # (B, T, D)
+    values = (states @ critic["head"])[..., 0]  # (B, T, D) -> (B, T)
     loss, d_values = value_loss(values, returns, mask)
+    d_states = d_values[..., None] * critic["head"][:, 0]  # (B, T) -> (B, T, D)
+    gradients = predicting_states_gradients(critic, cache, d_states)
+    gradients["head"] = np.einsum("btd,bt->d", states, d_values)[:, None]  # (D, 1)
+    return gradients, loss
+    # ANCHOR_END: critic_gradients
 
-    d_head = np.einsum("btd,bt->d", states, d_values)[:, None]  # (D, 1)
-    d_hidden = np.zeros_like(hidden)
-    d_hidden[:, prompts.shape[1] - 1 :] = d_values[..., None] * head[:, 0]
-    gradients = backbone_gradients(critic, inputs, hidden, context, d_hidden)
-    return {**gradients, "head": d_head}, loss
-# ANCHOR_END: critic_gradients
 
 # ANCHOR: adam_step
 def adam_step(params, gradients, state, learning_rate):
@@ -499,42 +558,114 @@ def adam_step(params, gradients, state, learning_rate):
     m = 0.9 m + 0.1 g    v = 0.999 v + 0.001 g²    p -= rate * m̂ / (sqrt(v̂) + 1e-8)
 
     with m̂ = m / (1 - 0.9^t), v̂ = v / (1 - 0.999^t). Changes params and state, which
-    starts as {} and holds t, m and v. params, m, v are keyed as gradients are. Raises
-    ValueError for shapes that differ. Source: Kingma & Ba 2015, algorithm 1.
+    starts as {} and holds t, m and v. params, m, v are keyed as gradients are; m and
+    v have float32 or better, or g² of a float16 would be 0. Raises ValueError for
+    shapes that differ and parameters that are no floats. Source: Kingma & Ba 2015,
+    algorithm 1.
     """
     for name, g in gradients.items():
-        if g.shape != params[name].shape:
-            raise ValueError(f"gradients: {name} has not its parameter's shape")
-    t = state["t"] = state.get("t", 0) + 1
-    ms, vs = state.setdefault("m", {}), state.setdefault("v", {})
+        if g.shape != params[name].shape or params[name].dtype.kind != "f":
+            raise ValueError(f"{name}: gradient and parameter do not fit")
+    if not state:
+        kinds = {k: np.result_type(g, np.float32) for k, g in gradients.items()}
+        zeros = {k: np.zeros(g.shape, kinds[k]) for k, g in gradients.items()}
+        state.update(t=0, m=zeros, v=zeros.copy())
+    state["t"] += 1
+    t, m, v = state["t"], state["m"], state["v"]
     for name, g in gradients.items():
-        m = ms[name] = 0.9 * ms.get(name, 0) + 0.1 * g
-        v = vs[name] = 0.999 * vs.get(name, 0) + 0.001 * g**2
-        m_hat, v_hat = m / (1 - 0.9**t), v / (1 - 0.999**t)
+        g = g.astype(m[name].dtype)
+        m[name] = 0.9 * m[name] + 0.1 * g
+        v[name] = 0.999 * v[name] + 0.001 * g**2
+        m_hat = m[name] / (1 - 0.9**t)
+        v_hat = v[name] / (1 - 0.999**t)
         params[name] -= learning_rate * m_hat / (np.sqrt(v_hat) + 1e-8)
-# ANCHOR_END: adam_step
+    # ANCHOR_END: adam_step
 
-# ------------------------------------------------------------------ 5. before the loop: human feedback
+
+# ---------------------------------------------------------------- 5. before the loop
+
+# A human's demonstrations, harsh words and soft ones, so that tuning has a choice
+WORDS = """
+angry apple arch atom alive black bubble bring bone beach church cloth crystal code
+camel dress dinner duck dove date egg empty earth elbow exit fly fresh forest fire
+face ghost glass green giant game happy help hill home huge inch icy island iron
+item jump jelly jazz joke juice king knock kettle kite koala lunch long little lemon
+lake myth moss milk menu maze night north nest number nature only owl otter orange
+open plant print puppy page police quartz queen quick quote quiz rhythm rabbit rust
+river rose snow strong spring sugar side thing trust table time tone ugly umbrella
+upper unit user very valley velvet volume vine walk world wheel wine wave xylem
+xylophone xenon xebec xeric yacht yummy yellow year yoga zinc zigzag zebra zone zero
+""".split()
+
+
+# ANCHOR: demonstrations
+def demonstrations(words, config):
+    """Words as a human would complete them: first letters, and the rest.
+
+    A word that does not fit into config.response_length with its end token is left
+    out. Returns (prompts, responses, mask) as generate would: (N, 1) and (N, T) int,
+    (N, T), the mask 1 up to and including the end token. Raises ValueError if no word
+    fits. Source: InstructGPT (Ouyang et al. 2022), section 3.2, demonstration data.
+    """
+    length = 1 + config.response_length
+    texts = [word.ljust(length, ".") for word in words if len(word) < length]
+    if not texts:
+        raise ValueError("--response-length: no word with its end token is so short")
+    texts = [[LETTERS.index(letter) for letter in text] for text in texts]
+    prompts, responses = np.split(np.array(texts), [1], axis=1)  # (N, 1), (N, T)
+    ends = np.cumsum(responses == LETTERS.index("."), axis=1)
+    return prompts, responses, (ends <= 1).astype(np.float32)
+    # ANCHOR_END: demonstrations
+
+
+# ANCHOR: fine_tune
+def fine_tune(model, prompts, responses, mask, rng):
+    """Learn to write as the human wrote, IN PLACE: supervised fine-tuning.
+
+    loss = mean over real tokens of -log p(token), the cross-entropy
+    d loss / d log p = -1 / n
+
+    400 Adam updates, each on 128 rows or all there are. prompts (N, P), responses, mask
+    (N, T). Returns the losses (400,), in nats a token.
+    Source: InstructGPT (Ouyang et al. 2022), section 3.5, supervised fine-tuning.
+    """
+    state, losses = {}, []
+    for learning_rate in np.linspace(3e-2, 0, 400, endpoint=False):
+        rows = rng.permutation(len(prompts))[:128]
+        logprobs, cache = forward_logprobs(model, prompts[rows], responses[rows])
+        real = mask[rows].astype(logprobs.dtype)
+        losses.append(-(logprobs * real).sum() / real.sum())
+        gradients = backward_logprobs(model, cache, -real / real.sum())
+        adam_step(model, gradients, state, float(learning_rate))
+    return np.array(losses)
+    # ANCHOR_END: fine_tune
+
 
 # ANCHOR: human_scores
-def human_scores(responses, mask, vocab_size):
-    """What the human thinks of each response: the gold reward.
+def human_scores(prompts, responses, mask, vocab_size):
+    """What the human thinks of each word, prompt and response: the gold reward.
 
     (1 - |2 v - 1|) * distinct letters / letters, v the share of vowels among them
 
-    The human is simulated: best are words that mix vowels and consonants evenly and
-    repeat no letter. Tokens from 0 are a, b, ...; token V - 1 ends the word and is no
-    letter. Training never sees these scores.
+    The human is simulated: best, at 1, are words that mix vowels and consonants
+    evenly and repeat no letter. Tokens from 0 are a, b, ...; token V - 1 ends the
+    word and is no letter. Training never sees these scores.
 
-    responses, mask (B, T). Returns (B,) in [0, 1], 0 for an empty word.
-    Source: the role of the gold reward model in Gao et al. 2023; the rule is ours.
+    prompts (B, P), responses, mask (B, T). Returns (B,) in [0, 1], 0 for an empty
+    word. Raises ValueError for shapes that differ. Source: the role of the gold
+    reward model in Gao et al. 2023; the rule is ours.
     """
-    real = mask.astype(bool) & (responses != vocab_size - 1)  # (B, T)
-    vowels = (np.isin(responses, [0, 4, 8, 14, 20]) & real).sum(axis=1)  # a, e, i, o, u
-    distinct = [len(set(word[kept])) for word, kept in zip(responses, real)]
+    if np.shape(responses) != np.shape(mask):
+        raise ValueError("responses, mask: shapes differ")
+    words = np.concatenate([prompts, responses], axis=1)  # (B, P + T)
+    real = np.concatenate([np.ones(np.shape(prompts)), mask], axis=1).astype(bool)
+    real &= words != vocab_size - 1
+    vowels = (np.isin(words, [0, 4, 8, 14, 20]) & real).sum(axis=1)  # a, e, i, o, u
+    distinct = [len(set(word[kept])) for word, kept in zip(words, real)]
     letters = np.maximum(real.sum(axis=1), 1)
     return (1 - abs(2 * vowels / letters - 1)) * distinct / letters
-# ANCHOR_END: human_scores
+    # ANCHOR_END: human_scores
+
 
 # ANCHOR: collect_preferences
 def collect_preferences(reference, config, rng):
@@ -542,23 +673,25 @@ def collect_preferences(reference, config, rng):
 
     P(the first is chosen) = sigmoid(8 (human(first) - human(second)))
 
-    so that labels are noisy, as people's are. The reference writes both. With
-    N = config.preference_pairs, returns (prompts, responses, mask) of 2 N rows: the
-    chosen responses, then the rejected ones in the same order; (2 N, P), (2 N, T) both.
-    Source: Bradley & Terry 1952; Christiano et al. 2017, section 2.2.
+    so that labels are noisy, as people's are. The reference writes both. With N =
+    config.preference_pairs, returns (prompts, responses, mask) of 2 N rows: the
+    chosen responses, then the rejected ones in the same order; (2 N, P), (2 N, T)
+    both. Source: Bradley & Terry 1952; Christiano et al. 2017, section 2.2.
     """
-    vocab_size, pairs = config.vocab_size, config.preference_pairs
+    pairs, vocab_size = config.preference_pairs, config.vocab_size
+    length = config.response_length
     prompts = sample_prompts(rng, pairs, config.prompt_length, vocab_size)
     prompts = np.concatenate([prompts, prompts])  # (N, P) -> (2 N, P)
-    responses, mask, _, _ = generate(
-        reference, prompts, config.response_length, rng, vocab_size - 1, False)
-    first, second = np.split(human_scores(responses, mask, vocab_size), 2)  # (N,) both
+    responses, mask, _ = generate(reference, prompts, length, rng, vocab_size - 1)
+    human = human_scores(prompts, responses, mask, vocab_size)  # (2 N,)
+    first, second = np.split(human, 2)  # (N,) both
     first_wins = rng.random(pairs) < 1 / (1 + np.exp(-8 * (first - second)))
     chosen = np.arange(pairs) + np.where(first_wins, 0, pairs)
     rejected = np.arange(pairs) + np.where(first_wins, pairs, 0)
     order = np.concatenate([chosen, rejected])
     return prompts, responses[order], mask[order]
-# ANCHOR_END: collect_preferences
+    # ANCHOR_END: collect_preferences
+
 
 # ANCHOR: preference_loss
 def preference_loss(chosen, rejected):
@@ -572,878 +705,1415 @@ def preference_loss(chosen, rejected):
     Raises ValueError for shapes that differ or no pair.
     Source: Stiennon et al. 2020, section 3.4; InstructGPT, equation 1.
     """
-    if chosen.shape != rejected.shape or not chosen.size:
+    if np.shape(chosen) != np.shape(rejected) or not np.size(chosen):
         raise ValueError("chosen, rejected: shapes differ, or no pair")
-    losses = np.logaddexp(0, rejected - chosen)  # -log sigmoid(x) = log(1 + exp(-x))
-    d_rejected = np.exp(rejected - chosen - losses) / len(losses)  # a sigmoid
+    lead = np.multiply(rejected, 1.0) - chosen  # of the wrong one
+    losses = np.logaddexp(0, lead)  # -log sigmoid(x) = log(1 + exp(-x))
+    d_rejected = np.exp(lead - losses) / losses.size  # a sigmoid
     return losses.mean(), -d_rejected, d_rejected
-# ANCHOR_END: preference_loss
+    # ANCHOR_END: preference_loss
+
 
 # ANCHOR: reward_gradients
 def reward_gradients(reward_model, prompts, responses, mask):
     """Gradients of preference_loss for the reward model.
 
-    prompts (2 N, P), responses, mask (2 N, T), the chosen first, as collect_preferences
-    returns them. Returns (gradients, loss): keyed like the parameters, scalar. Raises
-    ValueError as score_responses does. Source: InstructGPT, equation 1, chain rule.
+    prompts (2 N, P), responses, mask (2 N, T), the chosen first, as
+    collect_preferences returns them. Returns (gradients, loss): keyed like the
+    parameters, scalar. Raises ValueError as score_responses does. Source:
+    InstructGPT, equation 1, chain rule.
     """
-    tokens, head = np.concatenate([prompts, responses], axis=1), reward_model["head"]
+    head = reward_model["head"]
+    tokens = token_ids(reward_model, prompts, responses)
     hidden, context = backbone(reward_model, tokens)  # (2 N, P + T, D) both
     last = last_positions(prompts, responses, mask)
     scores = hidden[last] @ head[:, 0]  # (2 N, P + T, D) -> (2 N, D) -> (2 N,)
-    chosen, rejected = np.split(scores, 2)  # (N,) both
-
-    loss, d_chosen, d_rejected = preference_loss(chosen, rejected)
-
+    loss, d_chosen, d_rejected = preference_loss(*np.split(scores, 2))
     d_scores = np.concatenate([d_chosen, d_rejected])[:, None]  # (2 N, 1)
     d_hidden = np.zeros_like(hidden)
     d_hidden[last] = d_scores * head[:, 0]  # (2 N, D)
     gradients = backbone_gradients(reward_model, tokens, hidden, context, d_hidden)
-    return {**gradients, "head": hidden[last].T @ d_scores}, loss
-# ANCHOR_END: reward_gradients
+    gradients["head"] = hidden[last].T @ d_scores  # (D, 1)
+    return gradients, loss
+    # ANCHOR_END: reward_gradients
+
 
 # ANCHOR: train_reward_model
 def train_reward_model(reward_model, prompts, responses, mask, rng):
     """Learn to score as the human chose.
 
-    200 Adam updates on 128 pairs each, from the given weights: the reference's backbone
-    and a random head. Then scores are shifted and scaled to mean 0 and standard
-    deviation 1 over these responses. prompts, responses, mask: as collect_preferences
-    returns them. Returns (reward_model, losses): a new model with a bias, and (200,).
-    Source: Stiennon et al. 2020, section 3.4; InstructGPT, section 3.5.
+    200 Adam updates on 128 pairs each, from the given weights. Then scores are
+    shifted and scaled to mean 0 and standard deviation 1 over these responses, if
+    they differ at all. prompts, responses, mask: as collect_preferences returns them,
+    (2 N, P) and (2 N, T) twice. Returns (reward_model, losses): a new model with a
+    bias, and (200,). Source: Stiennon et al. 2020, section 3.4; InstructGPT, section
+    3.5.
     """
     reward_model = {p: reward_model[p].copy() for p in ("embed", "mix", "head")}
     pairs, state, losses = len(prompts) // 2, {}, []
-    for learning_rate in np.linspace(2e-3, 0, 200, endpoint=False):
+    for learning_rate in np.linspace(5e-3, 0, 200, endpoint=False):
         chosen = rng.integers(0, pairs, size=128)
-        rows = np.concatenate([chosen, chosen + pairs])  # (256,): each pair's two rows
+        rows = np.concatenate([chosen, chosen + pairs])  # (256,), two of each pair
         gradients, loss = reward_gradients(
-            reward_model, prompts[rows], responses[rows], mask[rows])
+            reward_model, prompts[rows], responses[rows], mask[rows]
+        )
         adam_step(reward_model, gradients, state, float(learning_rate))
         losses.append(loss)
     scores = np.float64(score_responses(reward_model, prompts, responses, mask))
-    reward_model["head"] /= scores.std()
-    bias = -scores.mean() / scores.std()
-    reward_model["bias"] = np.array([bias], dtype=reward_model["head"].dtype)
+    deviation = max(scores.std(), 1e-6)
+    reward_model["head"] /= deviation
+    reward_model["bias"] = np.float32([-scores.mean() / deviation])
     return reward_model, np.array(losses)
-# ANCHOR_END: train_reward_model
+    # ANCHOR_END: train_reward_model
 
-def learn_from_human(models, config, rng):
-    """Collect preferences, train the reward model, judge it on fresh pairs. Returns the models, with that one, and what
-    was seen: accuracy is the share of fresh pairs in which the model agrees with the choice, best_accuracy that in
-    which the human's own opinion does: choices are noisy, and no scorer can expect more."""
-    preferences = collect_preferences(models.reference, config, rng)
-    reward_model, losses = train_reward_model(models.reward_model, *preferences, rng)
-    prompts, responses, mask = collect_preferences(models.reference, replace(config, preference_pairs=2048), rng)
-    scores = score_responses(reward_model, prompts, responses, mask)
-    human = human_scores(responses, mask, config.vocab_size)
-    seen = {"losses": losses, "responses": responses, "mask": mask, "scores": scores, "human": human}
-    for name, opinion in (("accuracy", scores), ("best_accuracy", human)):
-        chosen, rejected = np.split(opinion, 2)
-        seen[name] = np.mean(chosen > rejected) + np.mean(chosen == rejected) / 2
-    return models._replace(reward_model=reward_model), seen
 
-# ------------------------------------------------------------------ 6. the models and their gradients
+def learn_from_human(config, rng):
+    """Both stages before the loop, InstructGPT's first two.
 
-Models = namedtuple("Models", "actor critic reward_model reference")  # the critic is None with rloo and grpo
+    Returns (untrained, reference, reward_model, losses): the model before and after
+    fine-tuning, and losses of both stages by name. The reward model begins from the
+    backbone before fine-tuning. From the fine-tuned one, whose states saturate, it
+    agrees with the human as often, but at beta 0 it is hacked on some seeds only.
+    """
+    untrained = init_model(rng, config.vocab_size, config.width, config.vocab_size)
+    reference = {name: weights.copy() for name, weights in untrained.items()}
+    tuning = fine_tune(reference, *demonstrations(WORDS, config), rng)
+    preferences = collect_preferences(reference, config, rng)
+    reward_model = init_reward_model(untrained, rng)
+    reward_model, choosing = train_reward_model(reward_model, *preferences, rng)
+    losses = {"fine_tuning/losses": tuning, "preferences/losses": choosing}
+    return untrained, reference, reward_model, losses
+
+
+# ---------------------------------------------------------------- 6. the models
+
+
+class Models(NamedTuple):
+    """The four models, dicts of arrays; the critic is None with rloo and grpo."""
+
+    actor: dict
+    critic: dict
+    reward_model: dict
+    reference: dict
+
 
 def init_weights(rng, rows, columns, deviation):
     """Draw a float32 matrix uniformly around 0 with the given standard deviation."""
-    return (rng.random((rows, columns), dtype=np.float32) - np.float32(0.5)) * np.float32(12**0.5 * deviation)
+    centered = rng.random((rows, columns), dtype=np.float32) - np.float32(0.5)
+    return centered * np.float32(12**0.5 * deviation)
+
 
 def init_model(rng, vocab_size, width, out_width, scale=1.0):
-    """Draw a model in float32: {"embed": (V, D), "mix": (D, D), "head": (D, out_width)}. Context outweighs the current
-    token, so that a late token's state still depends on the whole text."""
+    """Draw a model in float32: embed (V, D), mix (D, D), head (D, out_width).
+
+    Context outweighs the current token, so that a late token's state still depends on
+    the whole text.
+    """
     return {
         "embed": init_weights(rng, vocab_size, width, 0.1),
         "mix": init_weights(rng, width, width, 5 / width**0.5),
         "head": init_weights(rng, width, out_width, scale / width**0.5),
     }
 
-def init_models(config, rng):
-    """Start all four from one backbone, as RLHF starts them from one fine-tuned model. drift sets the actor off the
-    reference, and the critic's head off zero, as training would. The reward model is random until one is trained."""
-    sizes, drift = (config.vocab_size, config.width), np.float32(config.drift)
-    reference = init_model(rng, *sizes, config.vocab_size)
-    noise = init_model(rng, *sizes, config.vocab_size)
-    critic, reward_model = ({"embed": reference["embed"].copy(), "mix": reference["mix"].copy()} for _ in range(2))
-    critic["head"] = drift * init_weights(rng, config.width, 1, 1 / config.width**0.5)
-    reward_model["head"] = init_weights(rng, config.width, 1, 2.5 / config.width**0.5)
-    actor = {name: reference[name] + drift * noise[name] for name in reference}
-    return Models(actor, critic if config.advantage == "gae" else None, reward_model, reference)
 
-def response_inputs(prompts, responses):
-    """All tokens but the last: response token t is predicted one position to its left, at P - 1 + t. (B, P + T - 1)."""
-    return np.concatenate([prompts, responses[:, :-1]], axis=1)
+def init_reward_model(model, rng):
+    """A reward model before it learns: a model's backbone and a random head."""
+    width = len(model["mix"])
+    head = init_weights(rng, width, 1, 2.5 / width**0.5)
+    return {**{p: model[p].copy() for p in ("embed", "mix")}, "head": head}
+
+
+def init_models(config, rng, reference=None, reward_model=None):
+    """All four as the loop finds them; random where no trained ones are given.
+
+    Actor and critic begin as the reference. drift sets the actor off it and the
+    critic's head off 0, as training would, for else every KL of the first step were
+    0.
+    """
+    sizes, drift = (config.vocab_size, config.width), np.float32(config.drift)
+    reference = reference or init_model(rng, *sizes, config.vocab_size)
+    reward_model = reward_model or init_reward_model(reference, rng)
+    noise = init_model(rng, *sizes, config.vocab_size)
+    actor = {name: reference[name] + drift * noise[name] for name in reference}
+    critic = None
+    if config.advantage == "gae":
+        head = drift * init_weights(rng, config.width, 1, 1 / config.width**0.5)
+        critic = {**{p: reference[p].copy() for p in ("embed", "mix")}, "head": head}
+    return Models(actor, critic, reward_model, reference)
+
+
+def token_ids(model, *parts):
+    """Arrays of tokens side by side, such as prompts and responses: (B, S) int64.
+
+    Raises ValueError for what is no token of the model.
+    """
+    parts = [np.asarray(part) for part in parts]
+    if any(part.dtype.kind not in "iu" for part in parts):
+        raise ValueError("prompts, responses: tokens are whole numbers")
+    tokens = np.concatenate([part.astype(np.int64) for part in parts], axis=1)
+    if not parts[0].size or tokens.min() < 0 or tokens.max() >= len(model["embed"]):
+        raise ValueError("tokens: not from 0 to V - 1, or prompts are empty")
+    return tokens
+
 
 def last_positions(prompts, responses, mask):
-    """Where the last real tokens stand in prompts and responses: rows and positions, (B,) both, an index. Raises
-    ValueError for shapes that differ or a row without one."""
-    if mask.shape != responses.shape or not mask.any(axis=1).all():
+    """Where the last real tokens stand in prompts and responses: (B,) twice.
+
+    Raises ValueError for shapes that differ or a row without a real token.
+    """
+    real = np.asarray(mask).astype(bool)
+    if real.shape != np.shape(responses) or not real.any(axis=1).all():
         raise ValueError("mask: needs the shape of responses, and a 1 in each row")
-    from_the_end = mask[:, ::-1].astype(bool).argmax(axis=1)  # (B, T) -> (B,)
-    return np.arange(len(mask)), prompts.shape[1] + mask.shape[1] - 1 - from_the_end
+    from_the_end = real[:, ::-1].argmax(axis=1)  # (B, T) -> (B,)
+    last = np.shape(prompts)[1] + real.shape[1] - 1 - from_the_end
+    return np.arange(len(real)), last
+
 
 def backbone(model, tokens):
-    """Hidden states of a causal one-layer model. tokens (B, S) int. Returns (hidden, context), (B, S, D) both.
+    """Hidden states of a causal one-layer model. (B, S) int -> (B, S, D) twice.
 
-    context[t] = sum(embed[x[0..t]]) / sqrt(t + 1): attention to every token so far equally, at constant variance
+    context[t] = sum(embed[x[0..t]]) / sqrt(t + 1): equal attention to every token so
+        far, at constant variance
     hidden[t] = tanh(embed[x[t]] + context[t] @ mix)
     """
     x = model["embed"][tokens]  # (B, S) -> (B, S, D)
     context = uniform_attention(x) @ x  # (S, S) @ (B, S, D)
     return np.tanh(x + context @ model["mix"]), context
 
+
 def backbone_gradients(model, tokens, hidden, context, d_hidden):
-    """Gradients of a loss with respect to embed and mix, given d_hidden = d loss / d hidden (B, S, D)."""
+    """Gradients for embed and mix, given d_hidden = d loss / d hidden (B, S, D)."""
     d_before = d_hidden * (1 - hidden**2)  # through tanh
     d_mix = np.einsum("bsd,bse->de", context, d_before, optimize=True)
     d_x = d_before + uniform_attention(hidden).T @ (d_before @ model["mix"].T)
     return {"embed": sum_by_token(tokens, d_x, len(model["embed"])), "mix": d_mix}
 
+
 def uniform_attention(x):
-    """The weights with which position t attends to position s of x (B, S, D): 1 / sqrt(t + 1) up to t. (S, S)."""
+    """How position t of x (B, S, D) attends to s: 1 / sqrt(t + 1) up to t. (S, S)."""
     positions = np.arange(1, x.shape[1] + 1, dtype=x.dtype)
     return np.tri(len(positions), dtype=x.dtype) / np.sqrt(positions)[:, None]
 
+
+def predicting_states(model, prompts, responses):
+    """The states that predict the response: token t is predicted at P - 1 + t.
+
+    prompts (B, P), responses (B, T). Returns (states, cache): (B, T, D), and what
+    predicting_states_gradients needs.
+    """
+    tokens = token_ids(model, prompts, responses)[:, :-1]  # nothing follows the last
+    hidden, context = backbone(model, tokens)  # (B, P + T - 1, D) both
+    states = hidden[:, np.shape(prompts)[1] - 1 :]
+    return states, (tokens, hidden, context)
+
+
+def predicting_states_gradients(model, cache, d_states):
+    """Gradients for embed and mix, given d_states = d loss / d states (B, T, D)."""
+    tokens, hidden, context = cache
+    d_hidden = np.zeros_like(hidden)
+    d_hidden[:, -d_states.shape[1] :] = d_states
+    return backbone_gradients(model, tokens, hidden, context, d_hidden)
+
+
 def log_softmax(logits):
-    """log(exp(logits) / Σ exp(logits)) over the last axis, in a form that cannot overflow."""
+    """log(exp(logits) / Σ exp(logits)) over the last axis; nothing overflows."""
     shifted = logits - logits.max(axis=-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
-def draw(weights, rng):
-    """Draw a column of each row, by weights that need not sum to 1: the first whose running sum reaches a random share
-    of the total. (B, n) -> (B,)."""
-    cumulative = np.cumsum(weights, axis=1, dtype=np.float64)  # in float32 the tail would be lost
-    draws = (1 - rng.random(len(weights))) * cumulative[:, -1]  # above 0: what has no weight is never drawn
-    return (cumulative >= draws[:, None]).argmax(axis=1)
-
-def exact_kl(logits, reference, prompts, responses):
-    """KL(actor || reference) over the whole vocabulary: Σ over v of p(v) (log p(v) - log q(v)), a position at a time.
-    logits (B, T, V) are the actor's. Returns (B, T) in nats, without meaning at padding."""
-    hidden, _ = backbone(reference, response_inputs(prompts, responses))  # (B, S, D)
-    states, kl = hidden[:, prompts.shape[1] - 1 :], np.empty(responses.shape, dtype=logits.dtype)
-    for t in range(responses.shape[1]):
-        log_p, log_q = log_softmax(logits[:, t]), log_softmax(states[:, t] @ reference["head"])  # (B, V) both
-        kl[:, t] = (np.exp(log_p) * (log_p - log_q)).sum(axis=1)
-    return kl
-
-# From here to the end of the section things are there for speed: a running sum over the vocabulary is slow, and
-# the logits of all tokens, an (N, V) matrix, would cost more in fresh memory than in arithmetic. So sample_tokens sums
-# twice over fewer numbers, and chosen_logprobs and its gradients see slices of the vocabulary that stay in the
-# processor's cache; the last line lets the C library keep freed arrays for the next.
-
-SLICE = 1_000_000  # numbers: 4 MB
 
 def sample_tokens(logits, rng):
-    """Draw a token for each row from softmax(logits): one of √V blocks, then a token in it.
+    """Draw a token for each row from softmax(logits).
 
+    The first whose running sum of probability reaches a random share of the total.
     logits (B, V). Returns (tokens, logprobs), (B,) both, in nats.
     """
-    (count, vocab_size), size = logits.shape, int(np.ceil(logits.shape[1] ** 0.5))
-    weights = np.zeros((count, size * size), dtype=logits.dtype)
-    weights[:, :vocab_size] = np.exp(logits - logits.max(axis=1, keepdims=True))  # softmax, not yet divided by its sum
-    rows, blocks = np.arange(count), weights.reshape(count, size, size)
-    sums = blocks.sum(axis=2, dtype=np.float64)  # (B, √V, √V) -> (B, √V)
-    block = draw(sums, rng)
-    tokens = block * size + draw(blocks[rows, block], rng)
-    return tokens, np.log(weights[rows, tokens] / sums.sum(axis=1))
+    logprobs = log_softmax(logits)
+    running = np.cumsum(np.exp(logprobs), axis=1, dtype=np.float64)
+    share = 1 - rng.random(len(logits))  # above 0: what has no weight is never drawn
+    tokens = (running >= share[:, None] * running[:, -1:]).argmax(axis=1)
+    return tokens, np.take_along_axis(logprobs, tokens[:, None], axis=1)[:, 0]
 
-def chosen_logprobs(states, head, tokens):
-    """log softmax(states @ head) of the chosen tokens: state · head[token] - log Σ exp(state · head[v]), in nats.
 
-    states (B, T, D), head (D, V), tokens (B, T). Returns (logprobs, log_sums), (B, T) both, one for the gradients.
+# What follows is there for speed: the logits of all tokens, an (N, V) matrix, would
+# cost more in fresh memory than in arithmetic. So log probabilities and their gradients
+# see the vocabulary in slices that stay in the processor's cache.
+
+
+def forward_logprobs(model, prompts, responses):
+    """Log probabilities of response tokens, in nats, and a cache for gradients.
+
+    logprob = state · head[token] - log Σ exp(state · head[v]) over the vocabulary
+
+    prompts (B, P), responses (B, T). Returns (logprobs, cache): (B, T), and a tuple.
     """
-    flat = states.reshape(-1, states.shape[-1])  # (B, T, D) -> (N, D)
+    states, cache = predicting_states(model, prompts, responses)  # (B, T, D)
+    head, flat = model["head"], states.reshape(-1, states.shape[2])  # (N, D)
     log_sums = np.full(len(flat), -np.inf, dtype=states.dtype)
     for columns in vocabulary_slices(flat, head):
         logits = flat @ head[:, columns]  # (N, D) -> (N, v)
         highest = logits.max(axis=1)
         logits -= highest[:, None]
-        sums = np.exp(logits, out=logits) @ np.ones(logits.shape[1], logits.dtype)  # faster than .sum
+        np.exp(logits, out=logits)
+        sums = logits @ np.ones(logits.shape[1], logits.dtype)  # faster than .sum
         log_sums = np.logaddexp(log_sums, highest + np.log(sums))
-    log_sums = log_sums.reshape(tokens.shape)  # (N,) -> (B, T)
-    return np.einsum("btd,dbt->bt", states, head[:, tokens]) - log_sums, log_sums
+    log_sums = log_sums.reshape(states.shape[:2])  # (N,) -> (B, T)
+    chosen = np.einsum("btd,dbt->bt", states, head[:, responses])  # (B, T)
+    return chosen - log_sums, (cache, states, np.asarray(responses), log_sums)
 
-def chosen_logprobs_gradients(states, head, tokens, log_sums, d_logprobs):
-    """Gradients of a loss, (d_states, d_head) of (B, T, D) and (D, V), given d_logprobs = d loss / d logprobs (B, T).
 
-    d logprob / d logits = one-hot(token) - softmax
+def backward_logprobs(model, cache, d_logprobs):
+    """Gradients for all weights, given d_logprobs = d loss / d logprobs (B, T).
+
+    d logprob / d logits = one-hot(token) - softmax(logits)
     """
-    flat = states.reshape(-1, states.shape[-1])  # (B, T, D) -> (N, D)
-    scale, log_sums, tokens = d_logprobs.reshape(-1, 1), log_sums.reshape(-1, 1), tokens.ravel()
-    scaled = scale * flat  # (N, D): so that the (N, v) matrix need not be scaled itself
-    d_states, d_head = scale * head.T[tokens], np.empty_like(head)  # the one-hot's share of d_states
+    cache, states, responses, log_sums = cache
+    head, flat = model["head"], states.reshape(-1, states.shape[2])  # (N, D)
+    tokens, scale = responses.ravel(), d_logprobs.reshape(-1, 1)  # (N,), (N, 1)
+    scaled = scale * flat  # (N, D): so that no (N, v) matrix need be scaled
+    d_flat = scale * head.T[tokens]  # the one-hot's share, (N, D)
+    d_head = np.empty_like(head)
     for columns in vocabulary_slices(flat, head):
         softmax = flat @ head[:, columns]  # (N, D) -> (N, v)
-        softmax -= log_sums
+        softmax -= log_sums.reshape(-1, 1)
         np.exp(softmax, out=softmax)
-        d_states -= scale * (softmax @ head[:, columns].T)  # (N, v) -> (N, D)
+        d_flat -= scale * (softmax @ head[:, columns].T)  # (N, v) -> (N, D)
         d_head[:, columns] = -scaled.T @ softmax  # (D, N) @ (N, v)
-    d_head += sum_by_token(tokens, scaled, head.shape[1]).T  # the one-hot's share of d_head
-    return d_states.reshape(states.shape), d_head
+    d_head += sum_by_token(tokens, scaled, head.shape[1]).T  # the one-hot's share
+    d_states = d_flat.reshape(states.shape)  # (N, D) -> (B, T, D)
+    return {**predicting_states_gradients(model, cache, d_states), "head": d_head}
+
 
 def sum_by_token(tokens, rows, vocab_size):
-    """Add up the rows (..., D) of each token, (...) -> (V, D). On flat arrays np.add.at takes a sixth of the time."""
+    """Add up the rows (..., D) of each token (...): (V, D). np.add.at likes it flat."""
     width = rows.shape[-1]
     sums = np.zeros(vocab_size * width, dtype=rows.dtype)
-    np.add.at(sums, (tokens[..., None] * width + np.arange(width)).ravel(), rows.ravel())
+    places = tokens[..., None].astype(np.int64) * width + np.arange(width)
+    np.add.at(sums, places.ravel(), rows.ravel())
     return sums.reshape(vocab_size, width)
 
+
 def vocabulary_slices(states, head):
-    """Slices of the vocabulary in which the logits states @ head have at most SLICE numbers, or one column."""
-    step = max(1, SLICE // len(states))
+    """Slices of the vocabulary in which logits, states @ head, take at most 4 MB."""
+    step = max(1, 1_000_000 // len(states))
     return [slice(first, first + step) for first in range(0, head.shape[1], step)]
 
-np.empty(8 * SLICE, dtype=np.float32)  # freed at once: from here on glibc keeps what is smaller
 
-# ------------------------------------------------------------------ 7. measuring: no part of the algorithm
+# ---------------------------------------------------------------- 7. measuring
+
 
 def real_mean(x, mask):
-    """Mean over the real tokens of an array that is 0 at padding, (..., B, T) -> (...)."""
+    """Mean over the real tokens of what is 0 at padding, (..., B, T) -> (...)."""
     return x.sum(axis=(-2, -1)) / np.count_nonzero(mask)
 
+
 def is_clipped(ratio, advantages, clip):
-    """True where clipping takes effect: it lowers the gain and so stops the gradient. (..., B, T)."""
+    """True where clipping lowers the gain and so stops the gradient. (..., B, T)."""
     return ratio * advantages > np.clip(ratio, 1 - clip, 1 + clip) * advantages
 
+
+def exact_kl(logits, reference, prompts, responses):
+    """KL(actor || reference) = Σ over v of p(v) (log p(v) - log q(v)), at each position.
+
+    logits (B, T, V) are the actor's. Returns (B, T) in nats, without meaning at padding.
+    """
+    states, _ = predicting_states(reference, prompts, responses)  # (B, T, D)
+    if logits.shape != (*responses.shape, reference["head"].shape[1]):
+        raise ValueError("logits: shape is not (B, T, V)")
+    kl = np.empty(responses.shape, dtype=logits.dtype)
+    for t in range(responses.shape[1]):  # a position at a time, to save memory
+        log_p = log_softmax(logits[:, t])  # (B, V)
+        log_q = log_softmax(states[:, t] @ reference["head"])  # (B, V)
+        kl[:, t] = (np.exp(log_p) * (log_p - log_q)).sum(axis=1)
+    return kl
+
+
+def completes_word(prompts, responses, mask, config):
+    """Whether prompt and response are a demonstrated word, end token and all. (B,)."""
+    shown = np.concatenate(demonstrations(WORDS, config)[:2], axis=1)  # (N, 1 + T)
+    responses = np.where(mask, responses, config.vocab_size - 1)
+    written = np.concatenate([prompts, responses], axis=1)  # (B, 1 + T)
+    return (written[:, None] == shown).all(axis=2).any(axis=1)
+
+
+def best_loss(prompts, responses, mask):
+    """The least cross-entropy that is possible, in nats a token, if all responses differ:
+    each is one in as many as share its prompt."""
+    alike = (prompts[:, None] == prompts).all(axis=2).sum(axis=1)  # (N,)
+    return np.log(alike).sum() / np.count_nonzero(mask)
+
+
+def judge_stages(untrained, reference, reward_model, config, rng):
+    """What both stages before the loop reached, on fresh responses: arrays by name.
+
+    accuracy is the share of fresh pairs in which the reward model agrees with the
+    choice, human_accuracy that in which the human's own opinion does.
+    """
+    fresh = replace(config, preference_pairs=2048)
+    pairs = collect_preferences(reference, fresh, rng)
+    length, eos_token = config.response_length, config.vocab_size - 1
+    before, *_ = generate(untrained, pairs[0][:4], length, rng, eos_token)
+    seen = dict(zip(("prompts", "responses", "mask"), pairs))
+    seen["scores"] = score_responses(reward_model, *pairs)
+    seen["human"] = human_scores(*pairs, config.vocab_size)
+    for name, opinion in ("accuracy", "scores"), ("human_accuracy", "human"):
+        chosen, rejected = np.split(seen[opinion], 2)
+        seen[name] = np.mean(chosen > rejected) + np.mean(chosen == rejected) / 2
+    return {f"preferences/{name}": array for name, array in seen.items()} | {
+        "fine_tuning/best_loss": best_loss(*demonstrations(WORDS, config)),
+        "fine_tuning/before": before,
+        "fine_tuning/words": completes_word(*pairs, config).mean(),
+    }
+
+
 def walk_through(models, config, rng):
-    """One step of core_loop, with what a reader wants to see besides. Yields its dicts, with more in them."""
-    seen = {}
+    """One step of core_loop: its dicts, with what a reader wants to see besides."""
+    data = {}
     for stage in core_loop(models, config, rng):
-        seen.update(stage)
+        data |= stage
+        texts = data["prompts"], data.get("responses")
+        if "old_logprobs" in stage:
+            states, _ = predicting_states(models.actor, *texts)  # (B, T, D)
+            logits = stage["logits"] = states @ models.actor["head"]  # (B, T, V)
         if "kl" in stage:
-            stage |= {name: kl_penalty(seen["old_logprobs"], seen["ref_logprobs"], name) for name in ("k1", "k2", "k3")}
-            exact = exact_kl(seen.pop("logits"), models.reference, seen["prompts"], seen["responses"])  # frees them
-            stage["exact_kl"] = exact * seen["mask"]
+            logprobs = data["old_logprobs"], data["ref_logprobs"]
+            stage |= {k: kl_penalty(*logprobs, k) for k in ("k1", "k2", "k3")}
+            exact = exact_kl(logits, models.reference, *texts)
+            stage["exact_kl"] = exact * data["mask"]
+            del logits  # the largest array of all
         if "values" in stage:  # GAE with lambda 0 is the TD error
-            stage["td_errors"], _ = gae(seen["rewards"], seen["values"], seen["mask"], config.gamma, 0.0)
+            arrays = data["rewards"], data["values"], data["mask"]
+            stage["td_errors"], _ = gae(*arrays, config.gamma, 0.0)
         if "ratio" in stage:
-            check_finite(stage, 1)
-            stage["clipped"] = is_clipped(stage["ratio"], seen["whitened"], config.clip)
+            check_finite(models, data, 1)
+            ratio, after = data["ratio"], token_logprobs(models.actor, *texts)
+            stage["clipped"] = is_clipped(ratio, data["whitened"], config.clip)
+            stage["new_logprobs"] = after * data["mask"]
         yield stage
 
+
 def train(models, config, rng):
-    """core_loop, drained a step at a time: yields (metrics, the first response's real tokens)."""
+    """core_loop, drained a step at a time: yields (metrics, the step's arrays)."""
     data, step = {}, 0
     for stage in core_loop(models, config, rng):
-        data.update(stage)
+        data |= stage
         if "ratio" in stage:
-            check_finite(stage, step := step + 1)
-            yield step_metrics(data, config, step), data["responses"][0][data["mask"][0] != 0]
+            step += 1
+            check_finite(models, data, step)
+            yield step_metrics(data, config, step), data
 
-def check_finite(stage, step):
-    """Raises FloatingPointError where the losses of a step are not finite."""
-    if not np.isfinite([*stage["actor_loss"], *stage["critic_loss"]]).all():
-        raise FloatingPointError(f"step {step}: the loss is not finite; try a lower --learning-rate, --beta or --drift")
+
+def check_finite(models, data, step):
+    """Raises FloatingPointError where a step has left nothing that can be trained on."""
+    learned = [*models.actor.values(), *(models.critic or {}).values()]
+    losses = [*data["actor_loss"], *data["critic_loss"]]
+    sound = np.isfinite(losses).all() and all((abs(w) < 1e6).all() for w in learned)
+    if not sound or np.isin(data["ratio"][-1][data["mask"] != 0], [0, np.inf]).all():
+        raise FloatingPointError(
+            f"step {step} diverged: a loss is not finite, a weight beyond a million, or "
+            "every ratio 0 or infinite. Try a lower --learning-rate, --beta or --drift."
+        )
+
 
 def step_metrics(data, config, step):
-    """What a step of training is judged by, under TRL's names where it has one: of sums over a response the mean over
-    the batch, of policy/, loss/ and val/ratio the mean over the epochs' real tokens. data holds the step's arrays."""
-    mask, ratio, kl, score = data["mask"], data["ratio"], data["kl"].sum(axis=1).mean(), data["scores"].mean()
-    log_ratio = np.log(np.maximum(np.where(mask, ratio, 1), 1e-37))  # (epochs, B, T), finite where exp underflowed
+    """What a step of training is judged by, under TRL's names where it has one.
+
+    Of sums over a response the mean over the batch; of policy/, loss/ and val/ratio the
+    mean over the epochs' real tokens. data holds the step's arrays.
+    """
+    texts, ratio = (data["prompts"], data["responses"], data["mask"]), data["ratio"]
+    mask, ended = data["mask"], data["responses"] == config.vocab_size - 1
+    score, kl = data["scores"].mean(), data["kl"].sum(axis=1).mean()
+    clipped = is_clipped(ratio, data["whitened"], config.clip)
+    log_ratio = np.log(np.where(mask, np.maximum(ratio, 1e-37), 1))  # no log of 0
     metrics = {
-        "objective/scores": score, "objective/kl": kl, "objective/entropy": -data["old_logprobs"].sum(axis=1).mean(),
-        "objective/non_score_reward": 0.0 - config.beta * kl, "objective/rlhf_reward": score - config.beta * kl,
+        "objective/scores": score,
+        "objective/kl": kl,
+        "objective/entropy": -data["old_logprobs"].sum(axis=1).mean(),
+        "objective/non_score_reward": 0.0 - config.beta * kl,
+        "objective/rlhf_reward": score - config.beta * kl,
         "policy/approxkl_avg": 0.5 * real_mean(log_ratio**2, mask).mean(),
-        "policy/clipfrac_avg": real_mean(is_clipped(ratio, data["whitened"], config.clip), mask).mean(),
-        "loss/policy_avg": data["actor_loss"].mean(), "val/ratio": real_mean(ratio, mask).mean(),
-        "val/num_eos_tokens": np.count_nonzero((data["responses"] == config.vocab_size - 1) & (mask != 0)),
+        "policy/clipfrac_avg": real_mean(clipped, mask).mean(),
+        "loss/policy_avg": data["actor_loss"].mean(),
+        "val/ratio": real_mean(ratio, mask).mean(),
+        "val/num_eos_tokens": np.count_nonzero(ended & (mask != 0)),
         "val/response_length": np.count_nonzero(mask) / len(mask),
-        "lr": data["lr"], "episode": step * config.batch_size,
+        "lr": data["lr"],
+        "episode": step * config.batch_size,
     }
     if config.advantage == "gae":
         metrics["loss/value_avg"] = data["critic_loss"].mean()
     if config.readable:
-        metrics["objective/human_scores"] = human_scores(data["responses"], mask, config.vocab_size).mean()
+        human = human_scores(*texts, config.vocab_size)
+        metrics["objective/human_scores"] = human.mean()
+        metrics["val/words"] = completes_word(*texts, config).mean()
     return metrics
 
-def attainable_gain(models, config, rng, prompt_count=32, response_count=128):
-    """How much of what is possible training has reached, in J = E[score] - beta * E[KL]: floats, by name.
 
-    No policy exceeds J* = E over prompts of beta * log E over reference responses of exp(score / beta) (Korbak et al.
-    2022; Rafailov et al. 2023, equation 4), for beta = 0 the largest score. Few reference responses are good ones, so
-    those of the actor are added, and every expectation is a mean over all with weights p / p_mixture that sum to 1
-    (Veach & Guibas 1995, the balance heuristic). Then neither J exceeds J*, in theory as in the estimate, which is one
-    from below: what neither policy writes is missing from it. J_start is the reference's. share, of J_star - J_start,
-    is NaN where that is within three standard errors of nothing; share_error is its standard error over the prompts.
-    Returns {} where this would take a second or so and more, and more than a fifth of the training besides.
+def stretch_starts(steps):
+    """Where stretches of steps begin that double in length: 0, 1, 3, 7, ..."""
+    return 2 ** np.arange(int(steps).bit_length()) - 1
+
+
+def stretch_means(values):
+    """Means over those stretches, (steps,) -> (stretches,), and their standard errors,
+    from how much neighbouring steps differ."""
+    starts = stretch_starts(len(values))
+    lengths = np.diff([*starts, len(values)])
+    deviation = np.sqrt(np.mean(np.diff(values) ** 2) / 2)  # of one step
+    return np.add.reduceat(values, starts) / lengths, deviation / np.sqrt(lengths)
+
+
+def standard_error(values, every_prompt):
+    """Of the mean of values (prompts, responses): over the prompts where these are drawn,
+    over the responses alone where every prompt there is stands among them."""
+    if every_prompt:
+        variances = values.var(axis=1, ddof=1) / values.shape[1]  # (prompts,)
+        return variances.sum() ** 0.5 / len(values)
+    return values.mean(axis=1).std(ddof=1) / len(values) ** 0.5
+
+
+def best_objective(start, beta):
+    """What the best policy reaches: β log E[exp(score / β)] for each prompt.
+
+    start (prompts, responses) are scores of the reference's responses. Returns (best,
+    bias): (prompts, responses), whose mean is the estimate and whose spread its noise;
+    and by how much the estimate is lower with half of the responses.
     """
-    passes, training = 6 * prompt_count * response_count, config.steps * config.batch_size * (3 + 4 * config.ppo_epochs)
-    per_pass = (config.prompt_length + config.response_length) * config.width * (config.width + config.vocab_size)
-    if passes > 0.2 * training and passes * per_pass > 2e9:
+    highest = start.max(axis=1, keepdims=True)  # (prompts, 1)
+    weights = np.exp((start - highest) / beta)
+    mean = weights.mean(axis=1, keepdims=True)
+    best = highest + beta * (np.log(mean) + weights / mean - 1)
+    halves = weights.reshape(len(start), 2, -1).mean(axis=2)  # (prompts, 2)
+    return best, best.mean() - (highest + beta * np.log(halves)).mean()
+
+
+def attainable_gain(models, config, rng, response_count=512):
+    """How much of what is possible training has reached, in J = E[score] - β E[KL].
+
+    No policy exceeds J* = E over prompts of β log E[exp(score / β)], over the reference's
+    responses (Korbak et al. 2022; Rafailov et al. 2023, equation 4). share is (J -
+    J_start) / (J_star - J_start), J_start the reference's. All from response_count fresh
+    responses to each prompt, to every one where prompts are letters, else to 32 drawn
+    ones. share is NaN where J_star has not settled, so that half of the responses lower
+    it by more than its standard error, or where J_star - J_start is lost in its own.
+
+    Returns floats by name, without J_star where beta is 0; {} where it would take long.
+    """
+    length, eos_token = config.response_length, config.vocab_size - 1
+    every_prompt = config.prompt_length == 1 and config.vocab_size <= 33
+    prompts = np.arange(eos_token)[:, None]
+    if not every_prompt:
+        prompts = sample_prompts(rng, 32, config.prompt_length, config.vocab_size)
+    shape = len(prompts), response_count
+    tokens = math.prod(shape) * (config.prompt_length + length)
+    if tokens * config.width * (config.width + config.vocab_size) > 2e9:
         return {}
-    prompts = sample_prompts(rng, prompt_count, config.prompt_length, config.vocab_size)
-    prompts, pool = np.repeat(prompts, response_count, axis=0), []
-    for policy in (models.reference, models.actor):
-        responses, mask, *_ = generate(policy, prompts, config.response_length, rng, config.vocab_size - 1, False)
-        logprobs = [token_logprobs(each, prompts, responses) * mask for each in (models.actor, models.reference)]
-        human = human_scores(responses, mask, config.vocab_size) if config.readable else np.full(len(mask), np.nan)
+    prompts = np.repeat(prompts, response_count, axis=0)
+    samples = []
+    for policy in models.reference, models.actor:
+        responses, mask, logprobs = generate(policy, prompts, length, rng, eos_token)
         scores = score_responses(models.reward_model, prompts, responses, mask)
-        pool.append([scores, human, *(each.sum(axis=1) for each in logprobs)])
-    pool = np.array(pool, dtype=np.float64).reshape(2, 4, prompt_count, response_count)
-    scores, human, *logprobs = np.concatenate(pool, axis=2)  # (prompts, 2 * responses) each
-    of_actor, of_reference = (log_softmax(each - np.logaddexp(*logprobs)) for each in logprobs)  # log weights
-    start, best = (np.exp(of_reference) * scores).sum(axis=1), scores.max(axis=1)
-    score, human, kl = ((np.exp(of_actor) * x).sum(axis=1) for x in (scores, human, of_actor - of_reference))
+        ref_logprobs = token_logprobs(models.reference, prompts, responses) * mask
+        kl = kl_penalty(logprobs, ref_logprobs).sum(axis=1, dtype=np.float64)
+        samples.append((scores - config.beta * kl).reshape(shape))
+    start, reached = samples  # of the reference KL is 0
+    gain = {"score": scores.mean(), "kl": kl.mean()}
+    if config.readable:
+        texts = prompts, responses, mask
+        gain["human"] = human_scores(*texts, config.vocab_size).mean()
+        gain["words"] = completes_word(*texts, config).mean()
+    estimates = {"J_start": start, "J": reached, "J_star": start * np.nan}
+    gain |= dict.fromkeys(("share", "share_error", "settled"), np.nan)
     if config.beta:
-        best = best + config.beta * np.logaddexp.reduce((scores - best[:, None]) / config.beta + of_reference, axis=1)
-    objective, stake = score - config.beta * kl, best - start  # (prompts,) both
-    share = (objective - start).mean() / stake.mean()
-    noise, stake_noise = (x.std(ddof=1) / len(x) ** 0.5 for x in (objective - start - share * stake, stake))
-    means = {"J_start": start, "J": objective, "J_star": best, "score": score, "kl": kl, "human": human}
-    share = share if stake.mean() > 3 * max(noise, stake_noise) else np.nan
-    return {name: x.mean() for name, x in means.items()} | {"share": share, "share_error": noise / stake.mean()}
+        best, bias = best_objective(start, config.beta)
+        estimates["J_star"], stake = best, best - start
+        share = (reached - start).mean() / stake.mean()
+        error = standard_error(reached - start - share * stake, every_prompt)
+        settled = bias <= standard_error(best, every_prompt)
+        clear = stake.mean() > 3 * standard_error(stake, every_prompt)
+        gain["settled"] = float(settled)
+        if settled and clear:
+            gain["share"], gain["share_error"] = share, error / stake.mean()
+    for name, values in estimates.items():
+        gain[name] = values.mean()
+        gain[f"{name}_error"] = standard_error(values, every_prompt)
+    return gain
 
-# ------------------------------------------------------------------ 8. the presentation: pages of text from arrays
 
-# Whose number it is, in the terminal's own colours; [n] marks nobody's, and all stand out from dim narration
-OWNERS = {"actor": "cyan", "critic": "magenta", "reward": "green", "reference": "bright_blue", "human": "red"}
-NAMES = re.compile(f"\\b({'|'.join(OWNERS)})\\b")
-LEGEND = NAMES.sub(r"[\1]\1[/]", "  actor writes, critic predicts, reward judges, reference stays, human decides")
+# ---------------------------------------------------------------- 8. the presentation
 
-def make_console(**options):
-    """A console that prints text as it stands, in the owners' colours."""
-    theme = Theme({name: f"not dim {style}" for name, style in {**OWNERS, "n": "bold"}.items()})
-    system = None if os.environ.get("NO_COLOR") else "auto"  # rich alone would keep bold and dim
-    return Console(color_system=system, highlight=False, emoji=False, theme=theme, **options)
+PICTURE = """
+  prompts ─► actor ─► responses ─┬─► reward model ─► score ──────────┐
+               ▲                 ├─► reference ─► KL from the actor ─┴► rewards ─┐
+               │                 └─► critic ────► values ───────────► GAE ◄──────┘
+               │                        ▲                              │
+               └────── PPO update ──────┴───────────── advantages ◄────┘
+"""
+PICTURE_WITHOUT_CRITIC = """
+  prompts ─► actor ─► responses ─┬─► reward model ─► score ──────────┐
+               ▲                 └─► reference ─► KL from the actor ─┴► rewards ─┐
+               └─ PPO update ◄── advantages ◄── comparison in a group ◄──────────┘
+"""
+ASCII = str.maketrans("─►▲│└┘┐┬├┤┴◄●○△…", "->^|+++++++<ox#~")
+OWNERS = ("actor", "critic", "reward", "reference", "human")
+STYLES = {  # a terminal's own theme decides on its colours; exports have theirs
+    "terminal": ("dim", "cyan", "magenta", "green", "blue", "red"),
+    "dark": ("#a0a0a0", "#50c8dc", "#dc8ce6", "#50d278", "#82aaff", "#ff7878"),
+    "light": ("#606060", "#00687a", "#8b2a96", "#1c6b2c", "#1f4fbf", "#b3261e"),
+}
 
-def show(console, page):
-    """Print a page and a blank line, nothing wrapped: titles without indent (bold), narration with four spaces (dim),
-    and lines in which [actor]3[/] is the actor's number, and what follows a tab a dim note beside it."""
-    for line in page.splitlines():
-        line, _, note = line.partition("\t")
-        narration = line.startswith("    ") and "[/]" not in line  # so its brackets are text
-        text = Text(line, "dim") if narration else Text.from_markup(line, style="bold" if line[:1].strip() else "")
-        if note:
-            text.append(" " * max(38 - text.cell_len, 2)).append_text(Text.from_markup(note, style="dim"))
-        text.rstrip()
-        console.print(text, soft_wrap=True)
-    console.print()
 
-def table(columns, rows, gap="  "):
-    """A page with a table. Columns are "owner:head"; the first and last stand to the left, the others to the right."""
-    owners, heads = zip(*(column.split(":") for column in columns))
-    widths, page = [max(map(len, column)) for column in zip(heads, *rows)], ""
-    for colours, row in [(["dim"] * len(heads), heads), *((owners, row) for row in rows)]:
-        cells = [row[0].ljust(widths[0]), *map(str.rjust, row[1:-1], widths[1:-1]), row[-1]]
-        cells = [f"[{who}]{cell}[/]" if who else NAMES.sub(r"[\1]\1[/]", cell) for who, cell in zip(colours, cells)]
-        page += gap.join(["", *cells]) + "\n"
-    return page
+class Styled(RegexHighlighter):
+    """Styles pages, which are texts, by layout and by the names of the models."""
+
+    highlights = (
+        r"(?m)^(?P<title>\S.*)",  # a line without indent
+        r"(?m)(?P<quiet>^    .*|\t.*)",  # narration, by its indent; notes, after a tab
+        r"(?<![\w.])(?P<figure>-?\d[\d,.]*\d|\d)",
+        *(rf"(?i)\b(?P<{owner}>{owner}( model)?)\b" for owner in OWNERS),
+    )
+
+
+def make_console(styles="terminal", **options):
+    """A console of 80 columns that neither wraps nor cuts what it styles."""
+    quiet, *colours = STYLES[styles]
+    theme = {owner: f"not dim {colour}" for owner, colour in zip(OWNERS, colours)}
+    theme |= {"title": "bold", "quiet": quiet, "figure": "bold not dim"}
+    options |= {"width": 80, "tab_size": 38, "soft_wrap": True, "markup": False}
+    return Console(emoji=False, highlight=False, theme=Theme(theme), **options)
+
+
+def page(*parts):
+    """Texts, styled, and tables, one below the other."""
+    style = Styled()
+    return Group(*[style(part) if isinstance(part, str) else part for part in parts])
+
+
+def table(heads, rows, gap=2):
+    """A table of texts, numbers to the right. heads are {head: whose numbers}."""
+    grid = Table(box=None, padding=(0, gap, 0, 0), header_style="quiet")
+    for (head, owner), cell in zip(heads.items(), rows[0]):
+        justify = "right" if cell[:1] in "-0123456789" else "left"
+        grid.add_column(head, style=owner, justify=justify, no_wrap=True)
+    for row in rows:
+        grid.add_row(*row)
+    return Padding(grid, (0, 0, 0, 2), expand=False)
+
+
+def chart(curves, x_label, x_text="{:.0f}".format, width=60, height=9):
+    """One quantity over another, as text. curves are (name, style, x, y)."""
+    x, y = (np.concatenate([curve[axis] for curve in curves]) for axis in (2, 3))
+    grid = [[" "] * width for _ in range(height)]
+    marks = dict(zip([name for name, *_ in curves], "●○△#" * len(curves)))
+    for name, style, xs, ys in curves:
+        columns = (xs - x.min()) / (np.ptp(x) or 1) * (width - 1)
+        rows = (y.max() - ys) / (np.ptp(y) or 1) * (height - 1)
+        for row, column in zip(rows.round().astype(int), columns.round().astype(int)):
+            grid[row][column] = (marks[name], style)
+    text = Text()
+    for row, line in enumerate(grid):
+        value = fixed(y.max() - np.ptp(y) * row / (height - 1))
+        text.append(f"  {'' if row % (height // 2) else value:>6} │")
+        text.append_text(Text.assemble(*line, "\n"))
+    left, right = x_text(x.min()), x_text(x.max())
+    label = f"{x_label:^{width - len(left) - len(right)}}"
+    text.append(f"         └{'─' * width}\n          {left}{label}{right}\n")
+    for name, style, *_ in curves:
+        text.append(f"          {marks[name]} {name}\n", style)
+    return text
+
+
+def starred(values):
+    """Each as text, with a star at the largest."""
+    stars = np.where(values == np.max(values), "*", " ")
+    return [fixed(value) + star for value, star in zip(values, stars)]
+
+
+def smooth(values, most=60):
+    """Means of at most so many equal shares of a run: its course without its noise."""
+    shares = np.array_split(values, min(most, len(values)))
+    return np.array([share.mean() for share in shares])
+
 
 def fixed(value, digits=2):
-    """A number with that many decimals, and never a negative zero; a dash where there is none."""
-    return "-" if np.isnan(value) else f"{round(float(value), digits) + 0.0:.{digits}f}"
+    """A number with so many decimals, never a negative zero; a dash for none."""
+    text = f"{round(float(value), digits) + 0.0:.{digits}f}"
+    return "-" if np.isnan(value) else text
+
 
 def listed(values, most=4, between=", ", form=fixed):
-    """As in [0.73, 0.45, 0.91, …, 0.62]."""
+    """As in [0.73, 0.45, …, 0.62]."""
     texts = [form(value) for value in values]
-    return f"[{between.join(texts if len(texts) <= most else [*texts[: most - 1], '…', texts[-1]])}]"
+    if len(texts) > most:
+        texts[most - 1 : -1] = ["…"]
+    return f"[{between.join(texts)}]"
 
-def text_of(tokens, config):
-    """Tokens as letters where the vocabulary has 27, as numbers elsewhere."""
-    text = "".join(LETTERS[token] for token in tokens) if config.readable else listed(tokens, 3, " ", str)
-    return f"{text[:15]}…" if config.readable and len(text) > 16 else text
 
-def size_of(size):
-    """Bytes as text."""
-    return f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"
+def text_of(tokens, config, most=17):
+    """Tokens as a word, where they are letters, or by number."""
+    if not config.readable:
+        return listed(tokens, 3, " ", str)
+    word, dot, _ = "".join(LETTERS[token] for token in tokens).partition(".")
+    return word + dot if len(word) <= most else word[:most] + "…"
 
-def feedback_page(seen, config):
-    """What happened before the loop: the human's choices, and the reward model that learned from them."""
-    words = [text_of(tokens[real != 0], config).ljust(16) for tokens, real in zip(seen["responses"], seen["mask"])]
-    cells = [(*texts, "") for texts in zip(words, map(fixed, seen["human"]), map(fixed, seen["scores"]))]
-    pairs = [chosen + rejected for chosen, rejected in zip(cells[:3], cells[len(cells) // 2 :])]
-    columns = [":chosen", "human:human", "reward:score", ":", f":{'rejected':16}", "human:human", "reward:score", ":"]
-    losses, right, most = seen["losses"], seen["accuracy"], seen["best_accuracy"]
-    return f"""Before the loop: [human]human[/] feedback, and a [reward]reward[/] model that learns from it
-  Preference pairs: [human]{config.preference_pairs}[/]\tthe human likes vowels mixed evenly with
-                                      consonants, no letter twice, and may err
-  Reward model loss: [reward]{losses[0]:.3f} -> {losses[-20:].mean():.3f}[/]\tof -log sigmoid(chosen - rejected)
-  Fresh pairs right: [reward]{right:.1%}[/]\tof at most [human]{most:.1%}[/], choices being so noisy
-{table(columns, pairs)}\
-    Scores have mean 0, deviation 1 over the reference's responses; the model is
-    frozen now. It saw only which of two was chosen. A . ends a word."""
+
+def texts_of(prompts, responses, config, most=17):
+    """Responses as text: where they are letters, words that begin with the prompt."""
+    if config.readable:
+        responses = np.concatenate([prompts, responses], axis=1)
+    return [text_of(tokens, config, most) for tokens in responses]
+
+
+def mean_of(data, name):
+    """The mean over all real tokens."""
+    return fixed(real_mean(data[name], data["mask"]), 3)
+
+
+def preview(data, name):
+    """The first response's first values and last, and the mean over all real tokens."""
+    values = data[name][0][data["mask"][0] != 0]
+    return f"{listed(values, 3, ' ')} mean {mean_of(data, name)}"
+
+
+def stages_page(seen, config):
+    """Before the loop: fine-tuning on words, and the reward model."""
+    seen = {name.replace("preferences/", ""): array for name, array in seen.items()}
+    words = texts_of(seen["prompts"], seen["responses"], config)
+    before = texts_of(seen["prompts"][:4], seen["fine_tuning/before"], config)
+    tuning, choosing = seen["fine_tuning/losses"], seen["losses"]
+    pairs, right, rows = len(words) // 2, seen["accuracy"], []
+    for row in (0, pairs, 1, pairs + 1, 2, pairs + 2):
+        choice = "chosen" if row < pairs else "rejected"
+        figures = fixed(seen["human"][row]), fixed(seen["scores"][row])
+        rows.append([choice, words[row], *figures])
+    text = f"""Stage 1: Fine-tuning on {len(WORDS)} words that a human wrote
+  Loss: {tuning[0]:.2f} -> {tuning[-20:].mean():.2f}\tnats a letter (a bit is 0.69 nats)
+  Best possible: {seen["fine_tuning/best_loss"]:.2f}\tthe first letter leaves a choice of words
+  Real words: {seen["fine_tuning/words"]:.1%}\tof what it writes are words it was shown
+    A prompt is a first letter; a . ends a word. What it wrote before and after:
+    {" ".join(before)}
+    {" ".join(words[:8])}
+    This is the reference from now on, and the actor begins as its copy.
+
+Stage 2: A reward model that learns from a human's choices
+  Choices between two words: {config.preference_pairs}\tby the human's opinion, and some chance
+  Loss: {choosing[:20].mean():.3f} -> {choosing[-20:].mean():.3f}\tmean of -log sigmoid(chosen - rejected)
+  Fresh pairs right: {right:.1%}\t± {(right * (1 - right) / pairs) ** 0.5:.1%}; the human's own opinion: {seen["human_accuracy"]:.1%}
+    The human likes an even mix of vowels and consonants and no letter twice, from
+    0 to 1. The reward model sees only which of two was chosen; it is frozen now."""
+    heads = {"": "", "word": "actor", "human": "human", "score": "reward"}
+    return page(text, table(heads, rows), "")
+
 
 def step_pages(data, config):
-    """The seven pages of the walk-through, each of the arrays that data holds by then."""
-
-    def preview(name):
-        """The first response's first values and last, and the mean over all real tokens."""
-        values = data[name][0][data["mask"][0] != 0]
-        return f"{listed(values, 3, ' ')} mean {fixed(real_mean(data[name], data['mask']), 3)}"
-
-    gae_used, prompts = config.advantage == "gae", data["prompts"]
-    group = "" if gae_used else f"    Each prompt stands {config.group_size} times: a group of responses to compare.\n"
+    """A question and its page for each of the steps, of what data holds by then."""
+    group = "    Each stands {} times: a group of responses to compare.\n"
+    group = "" if config.advantage == "gae" else group.format(config.group_size)
+    yield (why := "Why only prompts, and no answers?")
     yield f"""Step 1: Sample prompts
-  Batch size: [n]{len(prompts)}[/]
-  Prompt shapes: [n]{prompts.shape}[/] tokens\t[n]{text_of(prompts[0], config)}[/]
-{group}    Why only prompts: the actor writes its own training data, in step 2."""
-    mask = data["mask"]
-    yield f"""Step 2: Generate responses ([actor]Actor[/])
-  [dim]Actor forward pass...[/]
-  Generated tokens: [actor]{mask.shape}[/]\t[actor]{text_of(data["responses"][0][mask[0] != 0], config)}[/]
-  Actor logits: [actor]{data["logits"].shape}[/]\t[actor]{size_of(data["logits"].nbytes)}[/]; training keeps only slices
-  Old log probs: [actor]{mask.shape}[/]\t[actor]{preview("old_logprobs")}[/]
-    Why "old": they stay as they are while step 7 changes the actor.
-    [...]: the first response's first tokens and last; mean: over all tokens."""
-    scores = data["scores"]
-    origin = "learned from choices, above" if config.readable else "is random; --preset letters trains one on choices"
-    yield f"""Step 3: Score responses ([reward]Reward Model[/])
-  [dim]Reward model forward pass...[/]
-  Scores: [reward]{listed(scores)}[/]\tmean [reward]{fixed(scores.mean(), 3)}[/]
-    Why one number a response: only a finished response can be judged.
-    This reward model {origin}."""
-    error = data["kl"][mask != 0].std() / np.count_nonzero(mask) ** 0.5
-    mean, k1, k2, k3, exact = (fixed(real_mean(data[name], mask), 3) for name in ("kl", "k1", "k2", "k3", "exact_kl"))
-    yield f"""Step 4: Compute KL penalty ([reference]Reference[/])
-  [dim]Reference forward pass...[/]
-  Reference log probs: [reference]{mask.shape}[/]\t[reference]{preview("ref_logprobs")}[/]
-    KL: how far the actor has moved from the reference. Of the sampled token:
-    k1 = log p_actor - log p_reference, k2 = k1²/2, k3 = exp(-k1) - 1 + k1
-  KL divergence per token: [reference]{mask.shape}[/]\t[reference]{preview("kl")}[/]
-  Mean KL: [reference]{mean}[/]\t± {error:.3f} (standard error) nats a token, {config.kl_estimator}
-  By estimator: [reference]k1 {k1}, k2 {k2}, k3 {k3}[/]
-  Exact KL: [reference]{exact}[/]\tover all {config.vocab_size} tokens, at each position
-    Why k1 is negative on {real_mean(data["k1"] < 0, mask):.0%} of the tokens: it looks at the sampled one only.
-    Its mean over many is the exact KL, never below 0. As a reward only k1 has
-    the gradient of the KL: with k2 or k3 in its place the actor drifts off."""
-    totals, first, first_kl = data["rewards"].sum(axis=1), fixed(scores[0], 4), fixed(data["kl"][0].sum(), 4)
+  Batch size: {len(data["prompts"])}
+  Prompt shapes: {data["prompts"].shape} tokens\tthe first: {text_of(data["prompts"][0], config)}
+{group}    {why} The actor writes its own training data, in step 2.
+"""
+    logits, mask = data["logits"].shape, data["mask"]
+    first, *_ = texts_of(data["prompts"], data["responses"], config)
+    yield (why := 'Why are log probs "old"?')
+    yield f"""Step 2: Generate responses (Actor)
+  Actor forward pass...
+  Generated tokens: {mask.shape}\tthe first: {first}
+  Actor logits: {logits}\t{4e-6 * math.prod(logits):.1f} MB; training keeps only slices
+  Old log probs: {mask.shape}\t{preview(data, "old_logprobs")}
+    [...]: the first response's first tokens and last; mean: over all tokens. In
+    nats, units of the natural logarithm: {-math.log(config.vocab_size):.2f} each if all tokens were alike.
+    {why} They stay as they are while step 7 changes the actor.
+"""
+    origin = "was trained above" if config.readable else "is random"
+    yield (why := "Why one number for a whole response?")
+    yield f"""Step 3: Score responses (Reward Model)
+  Reward model forward pass...
+  Scores: {listed(data["scores"])}
+    {why} Only what is complete can be judged.
+    This reward model {origin}.
+"""
+    yield (why := "Why can the KL of a token be negative?")
+    yield f"""Step 4: Compute KL penalty (Reference)
+  Reference forward pass...
+  Reference log probs: {mask.shape}\t{preview(data, "ref_logprobs")}
+  KL divergence per token: {mask.shape}\t{listed(data["kl"][0][mask[0] != 0], 3, " ")}
+  Mean KL: {mean_of(data, "kl")}\tnats a token, by {config.kl_estimator}
+  Exact KL: {mean_of(data, "exact_kl")}\tby a sum over all {config.vocab_size} tokens
+    KL: how far the actor has moved from the reference. At its start that would be
+    0; this one was moved by --drift {config.drift:g}, as if training had begun.
+    The sum costs too much in training. Estimates from the sampled token alone:
+    k1 = log p_actor - log p_reference, k2 = k1²/2, k3 = exp(-k1) - 1 + k1, here
+    {mean_of(data, "k1")}, {mean_of(data, "k2")} and {mean_of(data, "k3")}. As a reward only k1 has KL's gradient.
+    {why} k1 is, on {real_mean(data["k1"] < 0, mask):.0%} of them:
+    those likelier under the reference. The exact KL is never below 0.
+"""
+    score, kl, totals = data["scores"][0], data["kl"][0].sum(), data["rewards"].sum(1)
+    yield (why := "Why does the score stand on the last token?")
     yield f"""Step 5: Compute total rewards
-  reward = reward_model_score - β * KL\tβ = [n]{config.beta}[/]
-  Total rewards: [n]{listed(totals)}[/]\tper response, mean [n]{fixed(totals.mean(), 3)}[/]
-    The first: {first} - {config.beta} * {first_kl} = {fixed(totals[0])}, KL summed over its tokens.
-    Why the score sits on the last token: nothing before it was judged. Token by
-    token: {listed(data["rewards"][0][mask[0] != 0])}, each -β * KL, the last + score."""
-    whitened = "" if config.advantage == "grpo" else f"  Whitened: [n]{mask.shape}[/]\t[n]{preview('whitened')}[/]\n"
-    if gae_used:
-        yield f"""Step 6: Compute advantages ([critic]Critic[/] + GAE)
-  [dim]Critic forward pass...[/]
-  Values: [critic]{mask.shape}[/]\t[critic]{preview("values")}[/]
-  GAE advantages: [n]{mask.shape}[/]\t[n]{preview("advantages")}[/]
-{whitened}\
-    Value: the reward expected from there on. GAE, generalized advantage
-    estimation: how much better than that each token turned out.
-    δ[t] = reward[t] + γ value[t+1] - value[t]           γ = {config.gamma}, λ = {config.lam};
+  reward = reward_model_score - β * KL
+  Total rewards: {listed(totals)}
+    The first: {score:.6g} - {config.beta:g} * {kl:.6g} = {fixed(totals[0])}, its KL summed over its tokens.
+    By token: {listed(data["rewards"][0][mask[0] != 0])}: -β * KL each, the last + score.
+    {why} Before it, nothing could be judged.
+"""
+    yield (why := "Why advantages, and not the rewards themselves?")
+    yield advantages_text(data, config, why)
+    yield (why := "Why is the ratio 1 in the first epoch, and why clip it?")
+    yield update_page(data, config, why)
+
+
+def advantages_text(data, config, why):
+    """Step 6."""
+    shape = data["mask"].shape
+    whitened = f"  Whitened: {shape}\t{preview(data, 'whitened')}\n"
+    if config.advantage == "gae":
+        return f"""Step 6: Compute advantages (Critic + GAE)
+  Critic forward pass...
+  Values: {shape}\t{preview(data, "values")}
+  GAE advantages: {shape}\t{preview(data, "advantages")}
+{whitened}    Value: the reward still to be expected, as the critic sees it before a token is
+    chosen. GAE, generalized advantage estimation: how much better it turned out.
+    δ[t] = reward[t] + γ value[t+1] - value[t]           γ = {config.gamma:g}, λ = {config.lam:g};
     advantage[t] = δ[t] + γ λ advantage[t+1]             all are 0 past the end
     return[t] = advantage[t] + value[t]                  reward still to come
-    Why whiten: the update must not grow with the scale of the scores."""
-    else:
-        totals, advantages = totals[: config.group_size], data["advantages"][: config.group_size, 0]
-        first, mean, others = (fixed(x, 4) for x in (totals[0], totals.mean(), totals[1:].mean()))
-        rloo = f"R - mean of the others' R = {first} - ({others})"
-        grpo = f"(R - mean) / deviation = ({first} - ({mean})) / {fixed(totals.std(ddof=1), 4)}"
-        yield f"""Step 6: Compute advantages ({config.advantage}, no critic)
-  Group advantages: [n]{mask.shape}[/]\t[n]{preview("advantages")}[/]
-  Total rewards R of group 1: [n]{listed(totals, 8)}[/]
-  Its advantages: [n]{listed(advantages, 8)}[/]\tone for all tokens of a response
-{whitened}\
-    The first: {grpo if config.advantage == "grpo" else rloo} = {fixed(advantages[0])}.
-    Why a group: what else was written to the same prompt says what was to be
-    expected, as a critic would."""
-    low, high, names, rows = f"{1 - config.clip:g}", f"{1 + config.clip:g}", ("actor", "critic")[: 1 + gae_used], []
+    {why} A reward may be high and still
+    less than was expected. Whitened, to mean 0 and variance 1: the update must not
+    grow with the scale of the scores.
+"""
+    totals = data["rewards"].sum(axis=1)[: config.group_size]
+    first, others, mean = totals[0], totals[1:].mean(), totals.mean()
+    advantages = data["advantages"][: config.group_size, 0]
+    formula = f"R - mean of the others' R = {first:.5g} - ({others:.5g})"
+    if config.advantage == "grpo":
+        deviation, whitened = totals.std(ddof=1), ""  # each group is scaled already
+        formula = f"(R - mean) / deviation = {first - mean:.5g} / {deviation:.5g}"
+    return f"""Step 6: Compute advantages ({config.advantage}, no critic)
+  Group advantages: {shape}\t{preview(data, "advantages")}
+{whitened}    Total rewards R of the first group: {listed(totals)}
+    Its advantages, one for all tokens of a response: {listed(advantages)}
+    The first: {formula} = {fixed(advantages[0])}.
+    {why} What else was written to the prompt
+    says what was to be expected, as a critic would.
+"""
+
+
+def update_page(data, config, why):
+    """Step 7."""
+    low, high = f"{1 - config.clip:g}", f"{1 + config.clip:g}"
+    losses = {owner: data[f"{owner}_loss"] for owner in ("actor", "critic")}
+    losses = {owner: values for owner, values in losses.items() if len(values)}
+    rows, real = [], data["mask"] != 0
     for epoch, (ratio, clipped) in enumerate(zip(data["ratio"], data["clipped"])):
-        losses = [fixed(data[f"{name}_loss"][epoch], 4) for name in names]
-        ratios = f"{ratio[mask != 0].min():.3f} .. {ratio.max():.3f}"
-        rows.append([str(epoch + 1), ratios, f"{real_mean(clipped, mask):.1%}", *losses, ""])
-    columns = [":epoch", "actor:ratio", "actor:clipped", *(f"{name}:{name} loss" for name in names), ":"]
-    last = {name: f"[{name}]{fixed(data[f'{name}_loss'][-1], 3)}[/]\tbefore the last update\n" for name in names}
-    critic = "    critic loss = mean of (value - return)²\n" if gae_used else ""
-    yield f"""Step 7: PPO update
+        ratios = f"{ratio[real].min():.3f} .. {ratio[real].max():.3f}"
+        figures = [fixed(values[epoch], 4) for values in losses.values()]
+        rows.append([str(epoch + 1), ratios, f"{clipped[real].mean():.1%}", *figures])
+    heads = {"epoch": "", "ratio": "actor", "clipped": "actor"}
+    heads |= {f"{owner} loss": owner for owner in losses}
+    last = [f"  {o.title()} loss: {fixed(v[-1], 3)}\n" for o, v in losses.items()]
+    formulas = f"""Step 7: PPO update
   Ratio = exp(new_log_prob - old_log_prob)
   Clipped ratio: clip(ratio, {low}, {high})
     actor loss = mean of -min(ratio * A, clipped ratio * A), A: last of step 6
-{critic}{table(columns, rows)}\
-{"".join(f"  {name.title()} loss: {loss}" for name, loss in last.items())}\
-    clipped: tokens whose gain, and so gradient, the clip takes away: those with
-    the ratio above {high} where A > 0, or below {low} where A < 0.
-    Why the ratio is 1 in epoch 1: the weights are still those that generated.
-    The loss is then minus the mean of A, about 0, but its gradient is not.
+    critic loss = mean of (value - return)²"""
+    answer = f"""{"".join(last)}    {why} At first the
+    weights are those that generated; the loss is then minus the mean of A, about 0,
+    but its gradient is not. Clipped are tokens above {high} where A > 0, below {low}
+    where A < 0: they gain no more, so one batch moves no token far.
 
-  [n]Update complete![/]"""
+  Update complete!
+"""
+    return page(formulas, table(heads, rows), answer)
 
-def cost_page(models, config, arrays):
-    """What each model costs, and the largest tensors; arrays holds (name, shape, bytes) of the data."""
-    rows, tensors, epochs = [], {each: [] for each in arrays}, config.ppo_epochs
-    for owner, model in zip(OWNERS, (models.actor, models.critic, models.reward_model, models.reference)):
-        shapes = model or models.reward_model  # those of an absent critic, to show what is saved
-        weights = [(part, w.shape, w.nbytes) for part, w in shapes.items() if part != "bias"]
-        size = sum(nbytes for *_, nbytes in weights)
-        learns = [size_of(2 * size), str(1 + epochs), str(epochs), "updated" if model else "no critic"]
-        costs = learns if owner in ("actor", "critic") else ["-", "1", "0", "frozen"]
-        rows.append([owner, f"{size // 4:,}", size_of(size), *costs])
-        for each in weights if model else []:
-            tensors.setdefault(each, []).append(owner)
-    largest = sorted(tensors.items(), key=lambda item: -item[0][2])[:5]
-    largest = [(name, str(shape), size_of(size), ", ".join(owners)) for (name, shape, size), owners in largest]
-    return f"""{table([":model", ":parameters", ":weights", ":Adam's m, v", ":forward", ":backward", ":"], rows)}
-{table([":largest tensors", ":shape", ":memory", ":whose"], largest)}\
-    forward, backward: passes over the batch; the actor's first is generation;
-    not among the tensors: Adam's m and v, and what a step needs in passing"""
+
+def effect_page(data, models, config):
+    """What the update did to the first four responses, and what it cost."""
+    before, after = data["old_logprobs"].sum(axis=1), data["new_logprobs"].sum(axis=1)
+    advantages = data["whitened"].sum(axis=1) / np.count_nonzero(data["mask"], axis=1)
+    rows, texts = [], texts_of(data["prompts"], data["responses"], config, 10)
+    for row, (old, new) in enumerate(zip(before[:4], after[:4])):
+        figures = data["rewards"][row].sum(), advantages[row], old, new, new - old
+        rows.append([str(row), *map(fixed, figures)])
+        if config.readable:
+            rows[-1][0] = texts[row]
+            rows[-1].append(f"{math.exp(old):.2%} -> {math.exp(new):.2%}")
+    heads = {"response": "actor", "total reward": "reward", "mean A": "critic"}
+    heads |= dict.fromkeys(("log prob", "after", "change", "probability"), "actor")
+    learning = [model for model in models[:2] if model]
+    size = sum(w.nbytes for model in learning for w in model.values()) / 1e6
+    updates = len(learning) * config.ppo_epochs
+    note = f"""    mean A: of the advantage that acts, over the tokens. What was better than
+    expected became more probable, what was worse less so: that is RLHF.
+    It cost {updates + len(learning) + 2} forward and {updates} backward passes, {size:.1f} MB of weights that learn and
+    twice that for Adam's m and v, running means of the gradient and its square.
+"""
+    return page("What the update did", table(heads, rows), note)
+
 
 def response_page(data, config, row):
-    """One response token by token (--inspect), so that every formula can be checked by hand."""
-    heads = "actor:actor reference:ref reference:KL n:rew critic:value critic:TD n:adv critic:return n:white".split()
-    names = "old_logprobs ref_logprobs kl rewards values td_errors advantages returns whitened".split()
-    columns, rows = {head: data[name][row] for head, name in zip(heads, names) if name in data}, []
+    """One response token by token, so that every formula can be checked by hand."""
+    ledger = [
+        "old_logprobs ref_logprobs kl rewards values td_errors advantages returns whitened",
+        "actor        ref          KL reward  value  TD        adv        return  A",
+        "actor       reference reference reward critic critic reward     critic  reward",
+    ]
+    ledger = [column for column in zip(*map(str.split, ledger)) if column[0] in data]
+    rows = []
     for t in np.flatnonzero(data["mask"][row]):
-        token = text_of(data["responses"][row, t : t + 1], config).strip("[]")
-        numbers = [fixed(x[t], 2 if head == "n:white" else 3) for head, x in columns.items()]
-        ratio = fixed(data["ratio"][-1, row, t]) + "*" * int(data["clipped"][-1, row, t])
-        rows.append([str(t), token, *numbers, ratio])
-    return f"""Response {row}, {len(rows)} tokens, with the ratio of the last epoch (*: clipped)
-{table([":t", "actor:tok", *columns, "actor:ratio"], rows, gap=" ")}\
-    actor, ref: log probabilities; rew: reward; adv: advantage; white: whitened.
-    With a critic: TD = rew + γ value[t+1] - value and adv = TD + γ λ adv[t+1],
-    which are 0 past the end; return = adv + value."""
+        token = text_of(data["responses"][row, [t]], config).strip("[]")
+        figures = [fixed(data[name][row, t], 3) for name, _, _ in ledger]
+        star = "*" if data["clipped"][-1, row, t] else ""
+        ratio = fixed(data["ratio"][-1, row, t]) + star
+        rows.append([str(t), token, *figures, ratio])
+    heads = {"t": "", "tok": "actor"} | {head: owner for _, head, owner in ledger}
+    text = texts_of(data["prompts"], data["responses"], config)[row]
+    score = fixed(data["scores"][row])
+    note = """    actor, ref: log probabilities; adv: advantage, and A as it acts; ratio: in the
+    last epoch, * if clipped. With a critic, and 0 past the end: TD = reward +
+    γ value[t+1] - value, adv = TD + γ λ adv[t+1], return = adv + value.
+"""
+    title = f"Response {row} in all steps: {text} with score {score}"
+    return page(title, table(heads | {"ratio": "actor"}, rows, gap=1), note)
 
-def smooth(values, most=40):
-    """Means of at most that many equal shares of a run, so that one sees its course and not its noise."""
-    return np.array([part.mean() for part in np.array_split(values, min(most, len(values)))])
 
-def chart(console, x_label, curves, x_text="{:.0f}".format, width=58, height=12):
-    """A page with curves over x. Each is (name, owner, x, y, side): its scale stands left (0) or right (1)."""
-    marks, (bar, corner, dash) = ("*o+x#@%&", "|+-") if console.options.ascii_only else ("●○▲△■□◆◇", "│└─")
-    grid, page, marks = [[" "] * width for _ in range(height)], "", marks * len(curves)
-    left, right = (edge(np.concatenate([x for _, _, x, _, _ in curves])) for edge in (np.min, np.max))
-    sides = [np.concatenate([y for *_, y, at in curves if at == side]) for side in sorted({at for *_, at in curves})]
-    for mark, (_, owner, x, y, side) in zip(marks, curves):
-        along = np.linspace(0, len(x) - 1, 1 + width * (len(x) - 1))  # on the line from each value to the next
-        x, y = (np.interp(along, np.arange(len(each)), each) for each in (x, y))
-        columns = (x - left) / (right - left or 1) * (width - 1)
-        rows = (sides[side].max() - y) / (np.ptp(sides[side]) or 1) * (height - 1)
-        for row, column in zip(rows.round().astype(int), columns.round().astype(int)):
-            grid[row][column] = f"[{owner}]{mark}[/]"
-    for row, line in enumerate(grid):
-        shown = row in (0, height // 2, height - 1)
-        scales = [fixed(y.max() - np.ptp(y) * row / (height - 1)) if shown else "" for y in sides]
-        page += f"  {scales[0]:>6} {bar}{''.join(line)}{''.join(f'{bar} {scale}' for scale in scales[1:])}[n][/]\n"
-    legend = [f"[{owner}]{mark} {name}[/]{' (right)' * side}" for mark, (name, owner, *_, side) in zip(marks, curves)]
-    return f"""{page}         {corner}{dash * width}
-          {x_text(left)}{x_label:^{width - len(x_text(left)) - len(x_text(right))}}{x_text(right)}
-          {"   ".join(legend)}"""
+def what_happened(history):
+    """A sentence on a training: from the first stretch of steps, the best and the last.
 
-COLUMNS = {
-    "reward:score": (2, "objective/scores"), "human:human": (2, "objective/human_scores"),  # owner:head, digits, metric
-    "reference:KL": (2, "objective/kl"), "n:total": (2, "objective/rlhf_reward"),
-    "actor:entropy": (1, "objective/entropy"), "actor:clipped": (3, "policy/clipfrac_avg"),
-    "actor:length": (1, "val/response_length"),
-}
+    Hacked: the end lies below the start, by three standard errors. Words lost: less
+    than 0.7 of them are left. Liked better: the human's opinion ends at 0.9 or more.
+    """
+    human, noise = stretch_means(history["objective/human_scores"])
+    words, _ = stretch_means(history["val/words"])
+    change, margin = human[-1] - human[0], 3 * math.hypot(noise[0], noise[-1])
+    verdict = "Moved less"
+    if change < -margin:
+        verdict = "Reward hacking, liked less"
+    elif words[-1] < 0.7 * words[0]:
+        verdict = "Words are being lost"
+    elif human[-1] >= 0.9:
+        verdict = "Liked better, still words"
+    start, best, end = map(fixed, (human[0], human.max(), human[-1]))
+    words = f"words {fixed(words[0])} to {fixed(words[-1])}"
+    return f"{verdict}: human {start} to {end} (best {best}), {words}"
 
-def training_page(label, config, history, texts):
-    """A training: some of its steps with a response in words, and hacking where it was measured."""
-    notes, best = "", None
-    if config.kl_estimator != "k1" and config.beta:
-        notes = f"    As a reward {config.kl_estimator} does not have the gradient of the KL: the actor drifts off.\n"
+
+FIGURES = (  # metric, theory's name for it, head, owner
+    ("objective/scores", "score", "score", "reward"),
+    ("objective/human_scores", "human", "human", "human"),
+    ("val/words", "words", "words", "human"),
+    ("objective/kl", "kl", "KL", "reference"),
+)
+
+
+def training_page(run):
+    """A training, a row for each stretch of steps, and what happened."""
+    config, history = run["config"], run["history"]
+    starts = stretch_starts(config.steps)
+    ends = [*starts[1:], config.steps]
+    heads = {"step": ""}
+    cells = [[f"{a + 1}-{b}" if b > a + 1 else str(b) for a, b in zip(starts, ends)]]
+    for metric, _, head, owner in FIGURES:
+        if metric in history:
+            means, _ = stretch_means(history[metric])
+            heads[head] = owner
+            cells.append(list(map(fixed, means)))
+            if head == "human":
+                cells[-1] = starred(means)
+    clipped, _ = stretch_means(history["policy/clipfrac_avg"])
+    heads |= {"clipped": "actor", "two responses": "actor"}
+    cells += [[f"{c:.1%}" for c in clipped], [run["texts"][end - 1] for end in ends]]
+    text = f"""=== RLHF Training, {run["label"]} ===
+    {config.steps} steps of {config.batch_size} responses; a row is the mean over a stretch of steps.
+    score: of the reward model; KL: nats a response; clipped: tokens that PPO's clip
+    stopped; two responses: of the stretch's last step."""
+    note = "\n" * (not config.readable)
     if config.readable:
-        score, human = smooth(history["objective/scores"]), smooth(history["objective/human_scores"])
-        best = 1 + int(smooth(np.arange(config.steps))[human.argmax()])
-        if human[-1] < human[0] - 0.1 and score[-1] > score[0]:  # more than chance
-            low, high, first, peak, last = map(fixed, (score[0], score[-1], human[0], human.max(), human[-1]))
-            notes += f"""    Reward hacking: the score rose from {low} to {high}, the human's opinion went
-    from {first} to {peak} and down to {last}: only the model likes the last words.\n"""
-    rows, steps = [], 1 + ((config.steps - 1) * np.linspace(0, 1, 10) ** 2).round().astype(int)  # denser at first
-    for step in sorted({*steps, best} - {None}):
-        numbers = [fixed(history[name][step - 1], digits) for digits, name in COLUMNS.values()]
-        rows.append([f"{step}{'*' if step == best else ''}", *numbers, texts[step - 1]])
-    return f"""=== RLHF Training, {label} ===
-    {config.steps} steps of {config.batch_size} responses. Means per response, clipped per token;
-    total = score - β * KL{"; *: where the human likes them best" if config.readable else ""}.
-{table([":step", *COLUMNS, "actor:a response"], rows).replace("*", "[human]*[/]")}{notes}"""
+        text += "\n    human: its opinion, 0 to 1, * at its best; words: share of real words."
+        note = f"  {what_happened(history)}\n"
+    if config.kl_estimator != "k1" and config.beta:
+        note += f"    As a reward, {config.kl_estimator} lacks KL's gradient: it holds the actor less than k1.\n"
+    return page(text, table(heads, list(zip(*cells))), note)
 
-def share_of(gain):
-    """The share with its standard error; a dash where what could be gained is lost in noise, "none" after a loss."""
-    share = gain.get("share", np.nan)
-    return "-" if np.isnan(share) else "none" if share < 0 else f"{share:.0%} ± {gain['share_error']:.1%}"
 
-def course_page(console, config, history, gain):
-    """What mattered over the steps, and where training stands against the best that any policy can reach."""
-    steps = smooth(np.arange(1, config.steps + 1))
-    score, human, total = (smooth(history[f"objective/{name}"]) for name in ("scores", "human_scores", "rlhf_reward"))
-    curves = [("score", "reward", steps, score, 0)]
-    curves += [("human", "human", steps, human, 1)] if config.readable else []
-    curves += [("score - β KL", "n", steps, total, 0)] if config.beta else []
-    curves += [("J*, its limit", "reference", steps[[0, -1]], np.full(2, gain["J_star"]), 0)] if gain else []
-    page = f"The course of the training\n{chart(console, 'step, smoothed', curves)}\n\n"
-    if not gain:
-        return f"{page}    No comparison with theory: at these sizes it would cost more than it tells."
-    why = "lost in noise: the gain at stake is too small" if np.isnan(gain["share"]) else "± its standard error"
-    if config.gamma < 1 and config.advantage == "gae":
-        why += f"\n    J is not discounted; with γ = {config.gamma} training maximised a discounted reward."
-    start, now, limit, score, kl = (fixed(gain[name], 3) for name in ("J_start", "J", "J_star", "score", "kl"))
-    return f"""{page}Against theory: J = score - β * KL per response, on fresh prompts
-  J {"of the reference" if config.drift else "at the start"}: [n]{start}[/]\tthe reference's score
-  J now: [n]{now}[/]\t[reward]{score}[/] - {config.beta} * [reference]{kl}[/]
-  J*: at least [n]{limit}[/]\tno policy exceeds J*; estimated from below
-  Share of the attainable gain: {"at most " if gain["share"] >= 0 else ""}[n]{share_of(gain)}[/]
-    (J - start) / (J* - start), {why}"""
+LIMITS = {"J before": "J_start", "J": "J", "J*": "J_star", "share": "share"}
 
-def comparison_page(console, runs):
-    """The trainings side by side; runs holds (label, config, history, gain, responses) of each."""
-    rows, curves, start = [], [], np.mean([gain.get("J_start", np.nan) for *_, gain, _ in runs])
-    last = {"score": "scores", "human": "human_scores", "kl": "kl", "J": "rlhf_reward"}  # where there is no theory
-    for (label, config, history, gain, texts), colour in zip(runs, ["human", "n", "yellow", "blue"] * len(runs)):
-        numbers = [gain.get(name, history[f"objective/{metric}"][-1]) for name, metric in last.items()]
-        learners = 1 + (config.advantage == "gae")
-        passes = f"{learners * (1 + config.ppo_epochs) + 2}+{learners * config.ppo_epochs}"
-        rows.append([label, *map(fixed, numbers), share_of(gain), passes, texts[-1]])
-        if config.readable:
-            roots = smooth(history["objective/kl"]).clip(0) ** 0.5
-            curves.append((label, colour, roots, smooth(history["objective/human_scores"]), 0))
-    columns = [":", "reward:score", "human:human", "reference:KL", "n:J", ":share", ":passes", "actor:a response"]
-    page = f"""The same training, compared{" on fresh prompts" if runs[0][3] else ""}
-{table(columns, rows)}\
-    J = score - β * KL{", not discounted" if config.gamma < 1 else ""}, about {fixed(start)} at the start.
-    share: of the gain in J to be had at this β, at most, ± standard error.
-    passes: forward+backward of all models in a step."""
-    if curves:
-        page += "\n\nThe human's opinion over KL, from the start at the left\n"
-        page += chart(console, "KL in nats, on a scale of square roots", curves, lambda root: f"{root**2:.1f}")
-    return page
 
-def show_source(console, name):
-    """Print a function of this file after all in the file that it needs, ready to paste; or the list of the anchors."""
-    text, names = Path(__file__).read_text(encoding="utf-8"), [each for each in globals() if each[:2] != "__"]
-    if name:
-        wanted, found = ["np", name], {}
-        for each in wanted:  # which grows meanwhile
-            constant = rf"^(?:\w+, )*{each}(?:, \w+)* = (?:{{\n(?:.*\n)*?}}|.*)\n"
-            line = re.search(rf"{constant}|^ *(?:from \S+ )?import .*\b{each}\b.*\n", text, re.MULTILINE)
-            found[each] = line[0].lstrip() if line else inspect.getsource(globals()[each])
-            parts = ast.walk(ast.parse(found[each]))
-            wanted += {part.id for part in parts if isinstance(part, ast.Name) and part.id in names}.difference(wanted)
-        text = Text("\n".join(dict.fromkeys(found[each] for each in sorted(found, key=names.index))))
-        text.highlight_regex(r"\b(def|class|return|yield|raise|if|else|for|in|not|and|or|lambda)\b", "bold")
-        text.highlight_regex(r"(?<=def )\w+", "cyan")
-        text.highlight_regex(r'(?m)"""(?:.|\n)*?"""|  # .*|^# .*', "not bold dim")
-    else:
-        anchored = re.findall(r"^# ANCHOR\b: (\w+)", text, re.MULTILINE)
-        text = "\n".join(f"  [n]{each:20}[/]{globals()[each].__doc__.splitlines()[0]}" for each in anchored) + "\n"
-    console.print(text, soft_wrap=True)
+def outcome_page(runs):
+    """What the trainings came to, beside the best possible, and words of each."""
+    first = runs[0]["outcome"]
+    theory, readable = "J" in first, "human" in first
+    shown = [(name, head, owner) for _, name, head, owner in FIGURES if name in first]
+    heads = {"": "", **{head: owner for _, head, owner in shown}}
+    heads |= dict.fromkeys(LIMITS, "") if theory else {}
+    happiest = max(run["outcome"].get("human", 0) for run in runs)
+    rows, text = [], f"What came of it{', on fresh prompts' * theory}"
+    for run in runs:
+        label, outcome = run["label"], run["outcome"]
+        rows.append([label, *[fixed(outcome[name]) for name, *_ in shown]])
+        if readable:
+            rows[-1][2] += "*" if outcome["human"] == happiest else " "
+            text += (
+                f"\n  {label:12}  {run['words']}\n    {what_happened(run['history'])}"
+            )
+        if theory:
+            rows[-1] += [percent_or_fixed(outcome, name) for name in LIMITS.values()]
+            errors = [
+                percent_or_fixed(outcome, f"{name}_error") for name in LIMITS.values()
+            ]
+            rows.append([" ± std. error", *[""] * len(shown), *errors])
+    note = "    At these sizes a comparison with theory would take long.\n"
+    if theory:
+        note = """    J = score - β * KL, which is maximised; J before: of the reference; J*: the most
+    that any policy can reach; share: of the way from J before to J*, in percent,
+    and a dash where β is 0 or J* cannot be told from so few responses.
+"""
+    return page(text, table(heads, rows), note + "".join(differences(runs)))
 
-# ------------------------------------------------------------------ 9. the command line
 
-LETTERS_PRESET = {"vocab_size": 27, "batch_size": 64, "prompt_length": 8, "response_length": 16, "beta": 0.2}
-PRESETS = {"gpt2": {}, "letters": LETTERS_PRESET}
+def percent_or_fixed(outcome, name):
+    """A figure of theory; shares in percent."""
+    return fixed(100 * outcome[name], 1) if "share" in name else fixed(outcome[name])
 
-# The same experiment in other trainers: {names} are Config's, some converted. --help finds the other names here, too.
-RECIPES = {
-    "trl": """# TRL 1.16.0, with its own settings for GPUs
-trl {method} --model_name_or_path MODEL --dataset_name DATASET --reward_model_name_or_path REWARD_MODEL
-    --per_device_train_batch_size {batch_size} --num_generations {group_size} --max_completion_length {response_length}
-    --max_steps {steps_in_updates} --beta {beta} --epsilon {clip} --num_iterations {ppo_epochs}
-    --learning_rate {learning_rate} --seed {seed}
-# no flag for --prompt-length, --kl-estimator, --gamma, --lam""",
-    "openrlhf": """# OpenRLHF 0.11.2, with its own settings for GPUs
-python3 -m openrlhf.cli.train_ppo_ray --data.prompt_dataset DATASET --data.input_key prompt --vllm.num_engines 8
-    --actor.model_name_or_path MODEL --reward.model_name_or_path REWARD_MODEL --train.colocate_all --train.seed {seed}
-    --train.batch_size {batch_size} --rollout.batch_size {batch_size_in_prompts} --train.max_epochs {ppo_epochs}
-    --rollout.n_samples_per_prompt {group_size} --data.max_samples {steps_in_prompts} --actor.eps_clip {clip}
-    --data.max_len {prompt_length_and_response} --rollout.max_new_tokens {response_length} --algo.kl.init_coef {beta}
-    --algo.kl.estimator {kl_estimator} --algo.advantage.estimator {advantage_there} --actor.adam.lr {learning_rate}
-gae:    --algo.advantage.gamma {gamma} --algo.advantage.lambd {lam}
-gae:    --critic.model_name_or_path MODEL --critic.adam.lr {learning_rate}""",
-    "verl": """# verl 0.9.1, with its own settings for GPUs
-python3 -m verl.trainer.main_ppo actor_rollout_ref.model.path=MODEL actor_rollout_ref.actor.use_dynamic_bsz=True
-    reward.reward_model.enable=True reward.reward_model.model_path=REWARD_MODEL reward.reward_model.rollout.name=vllm
-    data.train_files=DATASET.parquet data.val_files=DATASET.parquet actor_rollout_ref.rollout.name=vllm
-    data.train_batch_size={batch_size_in_prompts} actor_rollout_ref.actor.ppo_mini_batch_size={batch_size_in_prompts}
-    data.max_prompt_length={prompt_length} data.max_response_length={response_length} algorithm.use_kl_in_reward=True
-    trainer.total_training_steps={steps} algorithm.kl_ctrl.kl_coef={beta} algorithm.kl_penalty={kl_estimator}
-    algorithm.adv_estimator={advantage} actor_rollout_ref.rollout.n={group_size} actor_rollout_ref.rollout.seed={seed}
-    actor_rollout_ref.actor.clip_ratio_low={clip} actor_rollout_ref.actor.clip_ratio_high={clip} data.seed={seed}
-    actor_rollout_ref.actor.ppo_epochs={ppo_epochs} actor_rollout_ref.actor.optim.lr={learning_rate}
-gae:    algorithm.gamma={gamma} algorithm.lam={lam} critic.model.path=MODEL critic.optim.lr={learning_rate}""",
+
+def differences(runs):
+    """For each beta a sentence: do advantages differ in J by more than noise?"""
+    for beta in dict.fromkeys(run["config"].beta for run in runs):
+        same = [run["outcome"] for run in runs if run["config"].beta == beta]
+        if len(same) > 1 and "J" in same[0]:
+            low, *_, high = sorted(same, key=lambda outcome: outcome["J"])
+            noise = 2 * math.hypot(low["J_error"], high["J_error"])
+            than = "more" if high["J"] - low["J"] > noise else "no more"
+            yield f"""    At β {beta:g} advantages differ in J by {high["J"] - low["J"]:.3f}, {than} than two standard errors ({noise:.3f}).
+"""
+
+
+def curves_page(runs):
+    """The human's opinion over KL; where nobody can read, J over the steps."""
+    curves = []
+    for run, style in zip(runs, ("human", "figure", "actor", "critic") * len(runs)):
+        history = {name: smooth(values) for name, values in run["history"].items()}
+        if run["config"].readable:
+            title, label = (
+                "The human's opinion over KL",
+                "KL in nats, on a scale of square roots",
+            )
+            x, y = (
+                history["objective/kl"].clip(0) ** 0.5,
+                history["objective/human_scores"],
+            )
+        else:
+            title, label = "J = score - β * KL over the steps", "step, smoothed"
+            x, y = history["episode"] ** 0.5, history["objective/rlhf_reward"]
+        curves.append((run["label"], style, x, y))
+    return page(title, chart(curves, label, lambda x: f"{x**2:.1f}"))
+
+
+# ---------------------------------------------------------------- 9. the command line
+
+LETTERS_PRESET = {"vocab_size": 27, "batch_size": 64, "prompt_length": 1}
+LETTERS_PRESET |= {
+    "response_length": 16,
+    "beta": 0.2,
+    "learning_rate": 4e-3,
+    "drift": 0.1,
 }
+PRESETS = {"gpt2": {}, "letters": LETTERS_PRESET}
+SIZES = "batch_size prompt_length response_length vocab_size width preference_pairs"
+EFFECTIVE = (  # flags, what they need to have an effect, and whether a run has it
+    ("gamma lam", "--advantage gae", lambda config: config.advantage == "gae"),
+    (
+        "group_size",
+        "--advantage rloo, grpo",
+        lambda config: config.advantage != "gae",
+    ),
+    ("preference_pairs", "--preset letters", lambda config: config.readable),
+    ("inspect pause", "one step, without --steps", lambda config: config.steps == 1),
+)
+EXAMPLES = """examples:
+  python rlhf_loop_pseudo.py --preset letters --inspect 3
+  python rlhf_loop_pseudo.py --preset letters --steps 200 --beta 0 0.05 0.2 1"""
 
-def recipe(trainer, config):
-    """The command that starts the same experiment in a trainer, and in comments what is different there."""
-    method, group = config.advantage, 1 if config.advantage == "gae" else config.group_size
-    values = asdict(config) | {
-        "group_size": group, "batch_size_in_prompts": config.batch_size // group,
-        "steps_in_prompts": config.steps * config.batch_size // group,
-        "steps_in_updates": config.steps * config.ppo_epochs,
-        "prompt_length_and_response": config.prompt_length + config.response_length,
-        "advantage_there": method.replace("grpo", "group_norm"),
-        "method": method.replace("rloo", "rloo --normalize_advantages True"),
-    }
-    lines = (line for line in RECIPES[trainer].splitlines() if method == "gae" or not line.startswith("gae:"))
-    page = "\n".join(line.removeprefix("gae:") for line in lines).format(**values)
-    page = re.sub(r"\s+(?=--[\w.]+ |[\w.]+=)", " \\\\\n    ", page)  # a setting a line
-    return f"""{page}
-# MODEL, DATASET, REWARD_MODEL are yours to name; a real model wants a learning rate of about 1e-6
-# what is not named here (optimizer, schedule) is as there by default; README says where the algorithms differ"""
+
+def make_parser():
+    """The flags: one for each field of Config, and those of what is shown and saved."""
+    parser = argparse.ArgumentParser(
+        prog="rlhf_loop_pseudo.py",
+        usage="%(prog)s [flags]",
+        description="RLHF with PPO, in real numbers. Without flags: one step of it.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    groups = (
+        "sizes",
+        "algorithm (of beta and advantage several, to compare)",
+        "output",
+    )
+    sizes, algorithm, output = map(parser.add_argument_group, groups)
+    sizes.add_argument("--preset", choices=PRESETS, help="what to start from (gpt2)")
+    for setting in fields(Config):
+        group = sizes if setting.name in SIZES.split() else algorithm
+        kind, text = setting.type.__origin__, setting.type.__metadata__[0]
+        options = {"type": kind, "help": f"{text} ({setting.default})"}
+        options["metavar"] = {int: "N", float: "X", str: "NAME"}[kind]
+        if setting.name in ("beta", "advantage"):
+            options["nargs"] = "+"
+        group.add_argument(flag(setting.name), **options)
+    add = output.add_argument
+    add("--inspect", type=int, metavar="ROW", help="show a response token by token")
+    add("--pause", action="store_const", const=True, help="ask before every step")
+    add(
+        "--show",
+        nargs="?",
+        const="",
+        metavar="NAME",
+        help="print a function, or a list",
+    )
+    add(
+        "--save", type=Path, metavar="FILE.npz", help="save the arrays or the metrics"
+    )
+    add(
+        "--export", type=Path, metavar="FILE", help="save the screen: .svg .html .txt"
+    )
+    add("--theme", choices=("dark", "light"), help="colours of the export (dark)")
+    return parser
+
+
+def flag(name):
+    """A name as the command line has it."""
+    return f"--{name.replace('_', '-')}"
+
+
+def meant(name, names):
+    """A question for a name that is not known: one that begins so, by initials, or alike."""
+    plain = {known.strip("-").replace("_", "-"): known for known in names}
+    wanted = name.strip("-").replace("_", "-").lower()
+    near = [known for known in plain if known.startswith(wanted)]
+    near += [k for k in plain if "".join(word[:1] for word in k.split("-")) == wanted]
+    near += difflib.get_close_matches(wanted, plain)
+    return f"; did you mean {plain[near[0]]}?" if near else ""
+
 
 def read_command_line(argv):
-    """Options, and a Config for each beta and advantage; where something is wrong, exits with 2 and one sentence."""
-    parser = argparse.ArgumentParser(prog="rlhf_loop_pseudo.py", usage="%(prog)s [flags], --help lists them",
-                                     description="The RLHF-PPO training loop, with real numbers.", allow_abbrev=False)
-    add = parser.add_argument
-    add("--preset", choices=PRESETS, default="gpt2", help="sizes to start from; explicit flags win; default gpt2")
-    peers = {peer: re.findall(r"([\w.]+)[ =]{(\w+)}", page) for peer, page in RECIPES.items()}
-    for each in fields(Config):
-        names = {peer: [name for name, key in pairs if key.startswith(each.name)] for peer, pairs in peers.items()}
-        elsewhere = [f"{peer}: {' '.join(found)}" for peer, found in names.items() if found]
-        text = "; ".join([each.metadata["meaning"], each.metadata["rule"][0], f"default {each.default}", *elsewhere])
-        several = "+" if each.name in ("beta", "advantage") else None
-        add("--" + each.name.replace("_", "-"), type=each.type, nargs=several, metavar="VALUE", help=text)
-    add("--inspect", type=int, metavar="ROW", help="show a response of the walk-through token by token; default none")
-    add("--pause", action="store_true", help="wait for Enter after every step")
-    add("--show", nargs="?", const="", metavar="NAME", help="print a function and its helpers; without a name, a list")
-    add("--save", type=Path, metavar="FILE.npz", help="save the arrays of the walk-through, or the metrics of training")
-    add("--export", type=Path, metavar="FILE", help="save what was shown, as .svg, .html or .txt")
-    add("--recipe", choices=RECIPES, help="print the command that starts the same experiment in that trainer")
-    options = parser.parse_args(argv)
-    given = {each.name: value for each in fields(Config) if (value := getattr(options, each.name)) is not None}
-    start = {} if options.steps in (None, 1) else {"drift": 0.0}  # training starts from the reference
-    settings = {"beta": Config.beta, "advantage": Config.advantage, **start, **PRESETS[options.preset], **given}
-    betas, advantages = (x if isinstance(x, list) else [x] for x in (settings.pop("beta"), settings.pop("advantage")))
+    """What was given, and a Config for each beta and advantage; or exit with 2."""
+    parser = make_parser()
+    options, unknown = parser.parse_known_args(argv)
+    given = {
+        name: value for name, value in vars(options).items() if value is not None
+    }
+    preset = "letters" if given.get("vocab_size") == len(LETTERS) else "gpt2"
+    settings = dict(PRESETS[given.get("preset", preset)])
+    if given.get("steps", 1) > 1:
+        settings["drift"] = 0.0  # training starts at the reference
+    betas = given.get("beta", [settings.get("beta", Config.beta)])
+    advantages = given.get("advantage", [Config.advantage])
+    settings |= {
+        name: value for name, value in given.items() if hasattr(Config, name)
+    }
+    configs = []
     try:
-        configs = [Config(**settings, beta=beta, advantage=advantage) for beta in betas for advantage in advantages]
-        refuse(options, configs)
+        for name in unknown:
+            raise ValueError(
+                f"{name} is no flag{meant(name, map(flag, vars(options)))}"
+            )
+        for settings["beta"] in betas:
+            for settings["advantage"] in advantages:
+                configs.append(Config(**settings))
+        refuse(given, configs)
     except ValueError as problem:
         parser.error(str(problem))
-    return options, configs
+    return given, configs
 
-def refuse(options, configs):
-    """Raises ValueError with a sentence where something is asked for that cannot be done."""
+
+def refuse(given, configs):
+    """Raises ValueError with a sentence for what cannot be, or would have no effect."""
     config, training = configs[0], configs[0].steps > 1
-    if options.show and not callable(globals().get(options.show)):
-        raise ValueError(f"--show: {options.show!r} is no function of this file; --show alone lists some")
-    if options.recipe == "trl" and "gae" in [each.advantage for each in configs]:
-        raise ValueError("--recipe trl: TRL has no PPO since 1.13, so nothing for --advantage gae, but rloo and grpo")
-    if len(configs) > 1 and not (training or options.recipe):
-        raise ValueError("--beta, --advantage: several values are for training, which --steps above 1 asks for")
-    if options.inspect is not None and (training or not 0 <= options.inspect < config.batch_size):
-        raise ValueError(f"--inspect: {options.inspect} is not 0 to {config.batch_size - 1} of a walk-through")
-    if options.pause and (training or not sys.stdin.isatty()):
-        raise ValueError("--pause: waits for Enter in a terminal, after every step of the walk-through")
-    for path, flag, kinds in ((options.save, "--save", ".npz"), (options.export, "--export", ".svg .html .txt")):
-        if path and (path.suffix not in kinds.split() or path.is_dir() or not os.access(path.parent, os.W_OK)):
-            raise ValueError(f"{flag}: {str(path)!r} is no file ({kinds}) in a folder that is there and writable")
-    rows = max(16 * config.batch_size, 10 * config.preference_pairs * config.readable)
-    weights, length = config.width * (config.vocab_size + config.width), config.prompt_length + config.response_length
-    logits = 0 if training else config.batch_size * config.response_length * config.vocab_size
-    needed = 4 * (20 * weights + rows * length * config.width + 3 * length**2 + logits)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
-    if needed > memory:
-        sizes = "--batch-size, --preference-pairs, --prompt-length, --response-length, --vocab-size, --width"
-        raise ValueError(f"{sizes}: {needed // 10**9:,} GB are needed, of {memory // 10**9} GB of memory")
+    for names, needed, holds in EFFECTIVE:
+        for name in given.keys() & set(names.split()):
+            if not any(map(holds, configs)):
+                raise ValueError(f"{flag(name)}: has an effect only with {needed}")
+    last, rows = config.batch_size - 1, range(config.batch_size)
+    rules = [
+        ("show" in given and len(given) > 1, "--show: has an effect only alone"),
+        ("theme" in given and "export" not in given, "--theme: is for --export only"),
+        (
+            len(set(configs)) < len(configs),
+            "--beta, --advantage: a value stands twice",
+        ),
+        (
+            len(configs) > 1 and not training,
+            "--beta, --advantage: to compare, add --steps",
+        ),
+        (
+            given.get("inspect", 0) not in rows,
+            f"--inspect: responses are 0 to {last}",
+        ),
+        ("pause" in given and not sys.stdin.isatty(), "--pause: needs a terminal"),
+    ]
+    for broken, sentence in rules:
+        if broken:
+            raise ValueError(sentence)
+    functions_named(given.get("show", ""))
+    if config.readable:
+        demonstrations(WORDS, config)
+    for name, kinds in ("save", ".npz"), ("export", ".svg .html .txt"):
+        path = given.get(name, Path(f"a{kinds[:4]}"))
+        if path.suffix not in kinds.split() or not os.access(path.parent, os.W_OK):
+            raise ValueError(
+                f"--{name}: {path} is no {kinds} file in a writable folder"
+            )
+    refuse_sizes(config)
 
-def set_up(console, config, kept, before=None):
-    """Models and random numbers; where tokens are letters, the human chooses and the reward model learns, once."""
+
+def refuse_sizes(config):
+    """Raises ValueError where arrays will not fit into the machine's memory."""
+    logits = config.batch_size * config.response_length * config.vocab_size
+    weights = 12 * config.width * (config.vocab_size + config.width)  # with m and v
+    needed = 4e-9 * (weights + (logits if config.steps == 1 else 0))
+    if hasattr(os, "sysconf"):
+        memory = 1e-9 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if needed > memory:
+            flags = ", ".join(map(flag, SIZES.split()))
+            raise ValueError(
+                f"{flags}: {needed:.0f} GB needed, {memory:.0f} GB there"
+            )
+
+
+def functions_named(name):
+    """Functions of this file by name, in any case, or by their step; none for ""."""
+    own = {
+        k: v for k, v in globals().items() if getattr(v, "__module__", "") == __name__
+    }
+    names = [known for known in own if known.lower() == name.lower()]
+    names = names or [k for k, v in own.items() if f"Step {name}." in str(v.__doc__)]
+    if name and not names:
+        raise ValueError(f"--show: {name} is no function here{meant(name, own)}")
+    return names
+
+
+def global_names(code):
+    """Names that a code object, and those inside it, look up in their module."""
+    looks = ("LOAD_GLOBAL", "LOAD_NAME")
+    names = {i.argval for i in dis.get_instructions(code) if i.opname in looks}
+    inner = [global_names(part) for part in code.co_consts if inspect.iscode(part)]
+    return names.union(*inner)
+
+
+def source_of(names):
+    """Functions and all in this file that they need, in its order, ready to paste."""
+    found, wanted, order = {}, list(names), list(globals())
+    while wanted:
+        name = wanted.pop()
+        value = globals()[name]
+        home = getattr(value, "__module__", None)
+        found[name] = (
+            f"from {home} import {name}\n" if home else f"{name} = {value!r}\n"
+        )
+        if inspect.ismodule(value):
+            found[name] = f"import {value.__name__} as {name}\n"
+        elif home == __name__:
+            found[name] = inspect.getsource(value)
+        needed = global_names(compile(found[name], name, "exec")) & globals().keys()
+        wanted += [other for other in needed - found.keys() if other[:1] != "_"]
+    return "\n\n".join(found[name] for name in sorted(found, key=order.index))
+
+
+def show_pages(name):
+    """The source of a function, or a list of the public ones."""
+    if name:
+        yield Text(source_of(functions_named(name)))
+        return
+    for value in list(globals().values()):
+        if "Source: " in str(getattr(value, "__doc__", "")):
+            yield Text(f"  {value.__name__:20} {value.__doc__.splitlines()[0]}")
+
+
+def opening_pages(title, configs, arrays):
+    """The data flow and what comes before the loop; returns (reference, reward_model)
+    where a human can read what they write."""
+    critic, config = any(c.advantage == "gae" for c in configs), configs[0]
+    yield page(f"=== {title} ==={PICTURE if critic else PICTURE_WITHOUT_CRITIC}")
+    if not config.readable:
+        return ()
+    rng = np.random.default_rng([config.seed, 1])
+    *models, losses = learn_from_human(config, rng)
+    arrays |= losses | judge_stages(*models, config, rng)
+    yield stages_page(arrays, config)
+    return models[1:]
+
+
+def one_step_pages(given, config, arrays):
+    """The walk-through; arrays gets what it computes."""
+    before = yield from opening_pages("RLHF Training Loop Demo", [config], arrays)
     rng = np.random.default_rng(config.seed)
-    models = init_models(config, rng)
-    if before:  # the reward model is frozen, so it serves all trainings
-        models = models._replace(reward_model=before.reward_model)
-    elif config.readable:
-        models, seen = learn_from_human(models, config, np.random.default_rng([config.seed, 1]))
-        kept.update((f"preferences/{name}", array) for name, array in seen.items())
-        show(console, feedback_page(seen, config))
-    return models, rng
-
-def run_walk_through(console, options, config, kept):
-    """Show one step; kept collects the arrays for --save."""
-    show(console, f"=== RLHF Training Loop Demo ===\n{LEGEND}")
-    models, rng = set_up(console, config, kept)
-    pages, arrays = step_pages(kept, config), []
+    models = init_models(config, rng, *before)
+    pages = step_pages(arrays, config)
     for stage in walk_through(models, config, rng):
-        kept.update(stage)
-        arrays += [(name, array.shape, array.nbytes) for name, array in stage.items()]
-        show(console, next(pages))
-        kept.pop("logits", None)
-        if options.pause:
-            input("  [Enter] ")
-    show(console, cost_page(models, config, arrays))
-    if options.inspect is not None:
-        show(console, response_page(kept, config, options.inspect))
+        arrays |= stage
+        question = next(pages)
+        if "pause" in given:
+            yield page(f"  {question}")
+            wait_for_enter()
+        yield page(next(pages))
+        arrays.pop("logits", None)  # only shown, and the largest of all
+    if config.readable or "inspect" in given:
+        yield response_page(arrays, config, given.get("inspect", 0))
+    yield effect_page(arrays, models, config)
 
-def run_trainings(console, configs, kept):
-    """Train once for each Config and compare; kept collects (runs, steps) and (runs,) arrays for --save."""
-    runs, steps, models = [], configs[0].steps, None
-    show(console, LEGEND)
-    for run, config in enumerate(configs):
-        models, rng = set_up(console, config, kept, models)
-        history = {"objective/human_scores": np.full(steps, np.nan)}  # which stays where nobody can read
-        label, texts, begun = f"β {config.beta:g}, {config.advantage}", [], time.monotonic()
-        with make_console(quiet=not sys.stdout.isatty()).status("") as live:  # another console: never in an export
-            for metrics, response in train(models, config, rng):
-                for name, value in metrics.items():
-                    history[name] = kept.setdefault(name, np.full((len(configs), steps), np.nan))[run]
-                    history[name][len(texts)] = value
-                texts.append(text_of(response, config))
-                left = (time.monotonic() - begun) * (steps / len(texts) - 1)
-                now = {name.rpartition("/")[2]: fixed(values[len(texts) - 1]) for name, values in history.items()}
-                live.update(f"{label} {len(texts)}/{steps} [reward]score {now['scores']}[/] "
-                            f"[human]human {now['human_scores']}[/] [reference]KL {now['kl']}[/] {left:.0f} s left")
-            rng = np.random.default_rng([config.seed, 2])  # so that theory and training do not disturb each other
-            gain = attainable_gain(models, config, rng)
-        for name, value in gain.items():
-            kept.setdefault(f"theory/{name}", np.full(len(configs), np.nan))[run] = value
-        runs.append((label, config, history, gain, texts))
-        show(console, training_page(label, config, history, texts))
-    show(console, comparison_page(console, runs) if len(runs) > 1 else course_page(console, config, history, gain))
+
+def wait_for_enter():
+    """Wait for Enter, but for none that was pressed before the question stood there."""
+    if importlib.util.find_spec("termios"):  # not on Windows
+        termios = importlib.import_module("termios")
+        termios.tcflush(sys.stdin, termios.TCIFLUSH)
+    input("  [Enter] ")
+
+
+def training_pages(configs, arrays, runs):
+    """The trainings; runs gets what each came to, arrays what was before them."""
+    before = yield from opening_pages("RLHF Training", configs, arrays)
+    for config in configs:
+        run = {"label": f"β {config.beta:g}, {config.advantage}", "config": config}
+        runs.append(run | {"history": {}, "texts": [], "outcome": {}})
+        models = init_models(config, np.random.default_rng(config.seed), *before)
+        train_and_watch(runs[-1], models)
+        yield training_page(runs[-1])
+    yield curves_page(runs)
+    yield outcome_page(runs)
+
+
+def train_and_watch(run, models):
+    """Train, with live figures in a terminal; run gets metrics, texts and outcome."""
+    config, history, label = run["config"], run["history"], run["label"]
+    rng = np.random.default_rng([config.seed, 2])
+    columns = "{task.description}", MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, transient=True, disable=not sys.stdout.isatty()) as live:
+        task = live.add_task(label, total=config.steps)
+        for metrics, data in train(models, config, rng):
+            for name, value in metrics.items():
+                history.setdefault(name, []).append(float(value))
+            texts = texts_of(data["prompts"][:2], data["responses"][:2], config, 10)
+            run["texts"].append(" ".join(texts))
+            now = [
+                f"{head} {history[m][-1]:.2f}"
+                for m, _, head, _ in FIGURES
+                if m in metrics
+            ]
+            live.update(task, advance=1, description="  ".join([label, *now]))
+    last = {
+        name: stretch_means(history[m])[0][-1]
+        for m, name, *_ in FIGURES
+        if m in history
+    }
+    rng = np.random.default_rng([config.seed, 3])
+    run["outcome"] = attainable_gain(models, config, rng) or last
+    if config.readable:
+        rng = np.random.default_rng([config.seed, 4])
+        prompts = np.arange(0, 26, 5)[:, None]  # a, f, k, p, u, z
+        responses, *_ = generate(
+            models.actor, prompts, config.response_length, rng, 26
+        )
+        run["words"] = " ".join(texts_of(prompts, responses, config, 9))
+
+
+def saved(configs, arrays, runs):
+    """All arrays, and the configuration as JSON, as bytes; several runs a row each."""
+    rows, steps = {}, configs[0].steps
+    for name in dict.fromkeys(name for run in runs for name in run["history"]):
+        values = [run["history"].get(name, []) for run in runs]
+        rows[name] = [v + [np.nan] * (steps - len(v)) for v in values]
+    for name in dict.fromkeys(name for run in runs for name in run["outcome"]):
+        rows[f"theory/{name}"] = [run["outcome"].get(name, np.nan) for run in runs]
+    if len(configs) == 1:
+        rows = {name: values[0] for name, values in rows.items()}
+    config = {}
+    for name, value in vars(configs[0]).items():
+        values = [vars(other)[name] for other in configs]
+        config[name] = values if len(set(values)) > 1 else value
+    data = io.BytesIO()
+    np.savez(data, config=json.dumps(config), **arrays, **rows)
+    return data.getvalue()
+
+
+def exported(kind, theme, parts):
+    """What was shown, in the bytes of a file of that kind."""
+    console = make_console(theme, record=True, file=io.StringIO())
+    for part in parts:
+        console.print(part)
+    light, dark = terminal_theme.DEFAULT_TERMINAL_THEME, terminal_theme.MONOKAI
+    colours = light if theme == "light" else dark
+    if kind == ".svg":
+        text = console.export_svg(title="rlhf_loop_pseudo", theme=colours)
+    elif kind == ".html":  # a block that changes nothing of the page around it
+        style = "color: {foreground}; background: {background}; padding: 1em"
+        block = f'<meta charset="utf-8">\n<pre style="{style}">{{code}}</pre>\n'
+        text = console.export_html(
+            theme=colours, inline_styles=True, code_format=block
+        )
+    else:
+        text = console.export_text()
+    return text.encode("utf-8")
+
+
+def main(argv=None):
+    """Run the command line argv, sys.argv without it. Returns the exit code."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # where it is closed
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(
+            errors="replace"
+        )  # an encoding may have no Greek letters
+    try:
+        given, configs = read_command_line(argv)
+    except SystemExit as stop:  # --help, or bad input
+        return stop.code
+    console, arrays, runs, shown, code = make_console(), {}, [], [], 0
+    pages = training_pages(configs, arrays, runs)
+    if "show" in given:
+        pages = show_pages(given["show"])
+    elif configs[0].steps == 1:
+        pages = one_step_pages(given, configs[0], arrays)
+    try:
+        with np.errstate(all="ignore"):  # check_finite speaks of what is not finite
+            for part in pages:
+                shown.append(part)
+                console.print(part)
+        sys.stdout.flush()
+    except (KeyboardInterrupt, EOFError):
+        console.print("\nInterrupted.")
+        code = 130
+    except (FloatingPointError, MemoryError, OSError) as problem:
+        code = complain(problem)
+    files = {}
+    if "save" in given and (arrays or runs):
+        files[given["save"]] = lambda: saved(configs, arrays, runs)
+    if "export" in given:
+        kind, theme = given["export"].suffix, given.get("theme", "dark")
+        files[given["export"]] = lambda: exported(kind, theme, shown)
+    for path, content in files.items():
+        try:
+            write_whole(path, content())
+        except OSError as problem:
+            code = complain(problem)
+    return code
+
+
+def complain(problem):
+    """Say on stderr what went wrong. Returns the exit code for that."""
+    print(f"rlhf_loop_pseudo.py: {problem}", file=sys.stderr)
+    return 1
+
 
 def write_whole(path, data):
-    """Write bytes to a new file beside path and put it in path's place: whole, or not at all."""
+    """Write bytes beside path and put them in its place: whole, or not at all."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         partial.write_bytes(data)
-        os.replace(partial, path)
+        partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
 
-def save(path, configs, kept):
-    """Write what kept holds, and the configuration as JSON; a single training's arrays without the axis of runs."""
-    if configs[0].steps > 1 and len(configs) == 1:
-        kept = {name: array if name.startswith("preferences") else array[0] for name, array in kept.items()}
-    values = {name: [getattr(each, name) for each in configs] for name in asdict(configs[0])}
-    config = {name: each if len(set(each)) > 1 else each[0] for name, each in values.items()}
-    np.savez(file := io.BytesIO(), config=json.dumps(config), **kept)
-    write_whole(path, file.getvalue())
-
-def export(path, console):
-    """Write what was shown in the format of path's suffix, in colours that can be read on black."""
-    text = console.export_text(clear=False)
-    console.width = 2 + max([80, *map(len, text.splitlines())])  # so that nothing touches the edge
-    colours = "000000 ff7878 50d278 dcc85a 82aaff dc8ce6 50c8dc ffffff".split()  # black, red, green and so on
-    theme = TerminalTheme((12, 12, 12), (255, 255, 255), [tuple(bytes.fromhex(colour)) for colour in colours])
-    if path.suffix == ".svg":
-        text = console.export_svg(title="rlhf_loop_pseudo", theme=theme)
-    elif path.suffix == ".html":
-        text = console.export_html(theme=theme)
-    write_whole(path, text.encode("utf-8"))
-
-def main(argv=None):
-    """Run the command line argv, sys.argv without it. Returns the exit code: 0, 1, 2 or 130."""
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # an encoding without Greek letters gets question marks
-    console, kept, options, code = make_console(record=True), {}, None, 0
-    try:
-        options, configs = read_command_line(argv)
-        with np.errstate(all="ignore"):  # check_finite speaks of what is not finite
-            if options.show is not None:
-                show_source(console, options.show)
-            elif options.recipe:
-                console.print(Text("\n\n".join(recipe(options.recipe, config) for config in configs)), soft_wrap=True)
-            elif configs[0].steps == 1:
-                run_walk_through(console, options, configs[0], kept)
-            else:
-                run_trainings(console, configs, kept)
-    except SystemExit as stop:  # --help, or bad input
-        code = stop.code
-    except (KeyboardInterrupt, EOFError):
-        show(console, "\nInterrupted.")
-        code = 130
-    except (FloatingPointError, MemoryError) as problem:
-        print(f"rlhf_loop_pseudo.py: {problem}", file=sys.stderr)
-        code = 1
-    finally:
-        if options and options.save and kept:
-            save(options.save, configs, kept)
-        if options and options.export:
-            export(options.export, console)
-    return code
 
 if __name__ == "__main__":
     sys.exit(main())
