@@ -45,9 +45,9 @@ if __name__ == "__main__":  # before numpy: at these sizes more threads gain not
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import argparse
+import codecs
 import difflib
 import dis
-import importlib.util
 import inspect
 import io
 import json
@@ -99,7 +99,7 @@ class Config:
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            rule, holds = RULES.get(name, WHOLE_FROM_1)
+            rule, holds = RULES.get(name, WHOLE)
             if not holds(value):
                 raise ValueError(f"--{name.replace('_', '-')}: {value} is not {rule}")
         if self.advantage != "gae" and self.batch_size % self.group_size:
@@ -113,14 +113,14 @@ class Config:
         return self.vocab_size == len(LETTERS)
 
 
-WHOLE_FROM_1 = "a whole number from 1 to 10^9", lambda x: x in range(1, 10**9 + 1)
-WHOLE_FROM_2 = "a whole number from 2 to 10^9", lambda x: x in range(2, 10**9 + 1)
-NOT_NEGATIVE = "a finite number of at least 0", lambda x: 0 <= x < math.inf
-FRACTION = "a number from 0 to 1", lambda x: 0 <= x <= 1
+WHOLE = "a whole number from 1 to 10^9", lambda x: x in range(1, 10**9 + 1)
+GROUP = "a whole number from 2 to 10^9", lambda x: x in range(2, 10**9 + 1)
+PRICE = "a finite number of at least 0", lambda x: 0 <= x < math.inf
+SHARE = "a number from 0 to 1", lambda x: 0 <= x <= 1
 RULES = {
-    **dict.fromkeys(["vocab_size", "group_size"], WHOLE_FROM_2),
-    **dict.fromkeys(["beta", "learning_rate", "drift"], NOT_NEGATIVE),
-    **dict.fromkeys(["gamma", "lam"], FRACTION),
+    **dict.fromkeys(["vocab_size", "group_size"], GROUP),
+    **dict.fromkeys(["beta", "learning_rate", "drift"], PRICE),
+    **dict.fromkeys(["gamma", "lam"], SHARE),
     "clip": ("a number between 0 and 1", lambda x: 0 < x < 1),
     "kl_estimator": ("k1, k2 or k3", lambda x: x in ("k1", "k2", "k3")),
     "advantage": ("gae, rloo or grpo", lambda x: x in ("gae", "rloo", "grpo")),
@@ -136,12 +136,12 @@ def core_loop(models, config, rng):
 
     A generator of named arrays, a dict for each of the seven: whoever drains it
     decides whether to show, save or only train. Actor and critic change in place, the
-    others never. With rloo or grpo there is no critic, but a group of responses to a
-    prompt.
+    others never. With rloo or grpo there is no critic, but a group to a prompt.
+    Source: InstructGPT (Ouyang et al. 2022), section 3.5, and Ziegler et al. 2019.
     """
     actor, critic, reward_model, reference = models
     actor_state, critic_state = {}, {}
-    eos_token = config.vocab_size - 1
+    length, eos_token = config.response_length, config.vocab_size - 1
     group_size = config.group_size if critic is None else 1
     for step in range(config.steps):
         # 1. Sample prompts
@@ -152,8 +152,8 @@ def core_loop(models, config, rng):
 
         # 2. Generate
         responses, mask, old_logprobs = generate(
-            actor, prompts, config.response_length, rng, eos_token
-        )  # (B, T) each
+            actor, prompts, length, rng, eos_token
+        )
         yield {"responses": responses, "mask": mask, "old_logprobs": old_logprobs}
 
         # 3. Score
@@ -313,7 +313,7 @@ def kl_penalty(logprobs, ref_logprobs, estimator="k1"):
     """
     if np.shape(logprobs) != np.shape(ref_logprobs):
         raise ValueError("logprobs, ref_logprobs: shapes differ")
-    difference = np.multiply(logprobs, 1.0) - ref_logprobs
+    difference = 1.0 * np.asarray(logprobs) - np.asarray(ref_logprobs)
     if estimator == "k1":
         return difference
     if estimator == "k2":
@@ -329,21 +329,20 @@ def shape_rewards(scores, kl, mask, beta):
     """Step 5. Merge score and KL penalty: a reward per token.
 
     reward[t] = -beta * kl[t], and the score on top of it at the last real token,
-    where the response is complete and can be judged. A row's sum is score - beta *
-    its KL.
+    where the response is complete. A row's sum is score - beta * its KL.
 
     scores (B,), kl (B, T) in nats, mask (B, T), beta in score per nat. Returns (B,
     T), 0 at padding. Raises ValueError for shapes that do not fit or an empty row.
     Source: Ziegler et al. 2019, equation 2.
     """
     real = np.asarray(mask).astype(bool)
-    if np.shape(kl) != real.shape or np.shape(scores) != real.shape[:1]:
+    if np.shape(kl) != real.shape or np.shape(scores) != real.shape[:-1]:
         raise ValueError("scores, kl, mask: shapes are not (B,), (B, T), (B, T)")
     if not real.any(axis=1).all():
         raise ValueError("mask: a row without a real token has nowhere to score")
     last = real.shape[1] - 1 - real[:, ::-1].argmax(axis=1)  # (B, T) -> (B,)
     priced = np.where(real & (beta != 0), kl, 0.0)  # 0 times infinity would be NaN
-    scores = np.multiply(scores, 1.0)
+    scores = 1.0 * np.asarray(scores)
     rewards = np.zeros(real.shape, dtype=np.result_type(scores, priced))
     rewards[np.arange(len(last)), last] = scores
     return rewards - float(beta) * priced
@@ -380,7 +379,7 @@ def gae(rewards, values, mask, gamma, lam):
     Source: Schulman et al. 2016, equations 11 and 16 to 18.
     """
     if not np.shape(rewards) == np.shape(values) == np.shape(mask):
-        raise ValueError("rewards, values, mask: shapes differ")
+        raise ValueError("rewards, values, mask: shapes are not (B, T), all three")
     real = np.asarray(mask).astype(bool)
     rewards = np.where(real, rewards, 0.0)
     values = np.where(real, values, 0.0)
@@ -405,11 +404,10 @@ def rloo_advantages(rewards, mask, group_size):
 
     rewards, mask (B, T), a group in group_size adjacent rows. Returns (B, T), the
     same for all real tokens of a response, 0 at padding. Raises ValueError for shapes
-    that differ and rows not in whole groups of 2 or more. Source: Ahmadian et al.
-    2024 (RLOO), section 3.
+    that differ and rows not in whole groups. Source: RLOO, Ahmadian et al. 2024.
     """
-    if np.shape(rewards) != np.shape(mask):
-        raise ValueError("rewards, mask: shapes differ")
+    if np.shape(rewards) != np.shape(mask) or np.ndim(mask) != 2:
+        raise ValueError("rewards, mask: shapes are not (B, T), both")
     if group_size < 2 or len(mask) % group_size:
         raise ValueError("group_size: rows are not in whole groups of 2 or more")
     rewards = np.where(mask, rewards, 0.0)
@@ -430,11 +428,10 @@ def grpo_advantages(rewards, mask, group_size):
     The deviation is the unbiased standard deviation of the group. rewards, mask (B,
     T), a group in group_size adjacent rows. Returns (B, T), the same for all real
     tokens of a response, 0 at padding. Raises ValueError for shapes that differ and
-    rows not in whole groups of 2 or more. Source: Shao et al. 2024 (GRPO), section
-    4.1.2.
+    rows not in whole groups. Source: GRPO, Shao et al. 2024, section 4.1.2.
     """
-    if np.shape(rewards) != np.shape(mask):
-        raise ValueError("rewards, mask: shapes differ")
+    if np.shape(rewards) != np.shape(mask) or np.ndim(mask) != 2:
+        raise ValueError("rewards, mask: shapes are not (B, T), both")
     if group_size < 2 or len(mask) % group_size:
         raise ValueError("group_size: rows are not in whole groups of 2 or more")
     rewards = np.where(mask, rewards, 0.0)
@@ -490,7 +487,7 @@ def ppo_loss(new_logprobs, old_logprobs, advantages, mask, clip):
     advantages = np.where(mask, advantages, 0.0)
     clipped = np.clip(ratio, 1 - float(clip), 1 + float(clip)) * advantages
     unclipped = np.where(advantages == 0, 0.0, ratio * advantages)  # even if infinite
-    loss = -np.minimum(unclipped, clipped).sum() / n
+    loss = -np.minimum(unclipped, clipped).sum(dtype=np.float64) / n
     return loss, np.where(unclipped <= clipped, -unclipped, 0.0) / n, ratio
     # ANCHOR_END: ppo_loss
 
@@ -510,7 +507,7 @@ def value_loss(values, returns, mask):
     if not np.shape(values) == np.shape(returns) == np.shape(mask) or n == 0:
         raise ValueError("values, returns, mask: shapes differ, or no real token")
     error = np.where(mask, values, 0.0) - np.where(mask, returns, 0.0)
-    return (error**2).sum() / n, 2 * error / n
+    return (error**2).sum(dtype=np.float64) / n, 2 * error / n
     # ANCHOR_END: value_loss
 
 
@@ -560,12 +557,14 @@ def adam_step(params, gradients, state, learning_rate):
     with m̂ = m / (1 - 0.9^t), v̂ = v / (1 - 0.999^t). Changes params and state, which
     starts as {} and holds t, m and v. params, m, v are keyed as gradients are; m and
     v have float32 or better, or g² of a float16 would be 0. Raises ValueError for
-    shapes that differ and parameters that are no floats. Source: Kingma & Ba 2015,
-    algorithm 1.
+    shapes that differ and what is no float. Source: Kingma & Ba 2015, algorithm 1.
     """
+    gradients = {name: np.asarray(g) for name, g in gradients.items()}
     for name, g in gradients.items():
-        if g.shape != params[name].shape or params[name].dtype.kind != "f":
-            raise ValueError(f"{name}: gradient and parameter do not fit")
+        if name not in params or g.shape != params[name].shape:
+            raise ValueError(f"{name}: is no parameter, or of another shape")
+        if params[name].dtype.kind != "f":
+            raise ValueError(f"{name}: parameters are to be floats")
     if not state:
         kinds = {k: np.result_type(g, np.float32) for k, g in gradients.items()}
         zeros = {k: np.zeros(g.shape, kinds[k]) for k, g in gradients.items()}
@@ -625,10 +624,13 @@ def fine_tune(model, prompts, responses, mask, rng):
     loss = mean over real tokens of -log p(token), the cross-entropy
     d loss / d log p = -1 / n
 
-    400 Adam updates, each on 128 rows or all there are. prompts (N, P), responses, mask
-    (N, T). Returns the losses (400,), in nats a token.
-    Source: InstructGPT (Ouyang et al. 2022), section 3.5, supervised fine-tuning.
+    400 Adam updates, each on 128 rows or all there are. prompts (N, P), responses,
+    mask (N, T). Returns the losses (400,), in nats a token. Source: InstructGPT
+    (Ouyang et al. 2022), section 3.5, supervised fine-tuning.
     """
+    prompts, responses, mask = map(np.asarray, (prompts, responses, mask))
+    if responses.shape != mask.shape or len(prompts) != len(mask) or not mask.any():
+        raise ValueError("prompts, responses, mask: shapes differ, or no real token")
     state, losses = {}, []
     for learning_rate in np.linspace(3e-2, 0, 400, endpoint=False):
         rows = rng.permutation(len(prompts))[:128]
@@ -655,8 +657,8 @@ def human_scores(prompts, responses, mask, vocab_size):
     word. Raises ValueError for shapes that differ. Source: the role of the gold
     reward model in Gao et al. 2023; the rule is ours.
     """
-    if np.shape(responses) != np.shape(mask):
-        raise ValueError("responses, mask: shapes differ")
+    if np.shape(responses) != np.shape(mask) or len(prompts) != len(responses):
+        raise ValueError("prompts, responses, mask: not (B, P), (B, T), (B, T)")
     words = np.concatenate([prompts, responses], axis=1)  # (B, P + T)
     real = np.concatenate([np.ones(np.shape(prompts)), mask], axis=1).astype(bool)
     real &= words != vocab_size - 1
@@ -678,8 +680,8 @@ def collect_preferences(reference, config, rng):
     chosen responses, then the rejected ones in the same order; (2 N, P), (2 N, T)
     both. Source: Bradley & Terry 1952; Christiano et al. 2017, section 2.2.
     """
-    pairs, vocab_size = config.preference_pairs, config.vocab_size
-    length = config.response_length
+    pairs, length = config.preference_pairs, config.response_length
+    vocab_size = config.vocab_size
     prompts = sample_prompts(rng, pairs, config.prompt_length, vocab_size)
     prompts = np.concatenate([prompts, prompts])  # (N, P) -> (2 N, P)
     responses, mask, _ = generate(reference, prompts, length, rng, vocab_size - 1)
@@ -707,7 +709,7 @@ def preference_loss(chosen, rejected):
     """
     if np.shape(chosen) != np.shape(rejected) or not np.size(chosen):
         raise ValueError("chosen, rejected: shapes differ, or no pair")
-    lead = np.multiply(rejected, 1.0) - chosen  # of the wrong one
+    lead = 1.0 * np.asarray(rejected) - np.asarray(chosen)  # of the wrong one
     losses = np.logaddexp(0, lead)  # -log sigmoid(x) = log(1 + exp(-x))
     d_rejected = np.exp(lead - losses) / losses.size  # a sigmoid
     return losses.mean(), -d_rejected, d_rejected
@@ -744,23 +746,24 @@ def train_reward_model(reward_model, prompts, responses, mask, rng):
 
     200 Adam updates on 128 pairs each, from the given weights. Then scores are
     shifted and scaled to mean 0 and standard deviation 1 over these responses, if
-    they differ at all. prompts, responses, mask: as collect_preferences returns them,
-    (2 N, P) and (2 N, T) twice. Returns (reward_model, losses): a new model with a
-    bias, and (200,). Source: Stiennon et al. 2020, section 3.4; InstructGPT, section
-    3.5.
+    they differ at all. prompts (2 N, P), responses, mask (2 N, T): as returned by
+    collect_preferences. Returns (reward_model, losses): a new model with a bias, and
+    (200,). Source: Stiennon et al. 2020, section 3.4; InstructGPT, section 3.5.
     """
     reward_model = {p: reward_model[p].copy() for p in ("embed", "mix", "head")}
+    prompts, responses, mask = map(np.asarray, (prompts, responses, mask))
+    if len(prompts) % 2 or not len(prompts) == len(responses) == len(mask):
+        raise ValueError("prompts, responses, mask: not 2 N rows each")
     pairs, state, losses = len(prompts) // 2, {}, []
     for learning_rate in np.linspace(5e-3, 0, 200, endpoint=False):
         chosen = rng.integers(0, pairs, size=128)
         rows = np.concatenate([chosen, chosen + pairs])  # (256,), two of each pair
-        gradients, loss = reward_gradients(
-            reward_model, prompts[rows], responses[rows], mask[rows]
-        )
+        batch = prompts[rows], responses[rows], mask[rows]
+        gradients, loss = reward_gradients(reward_model, *batch)
         adam_step(reward_model, gradients, state, float(learning_rate))
         losses.append(loss)
     scores = np.float64(score_responses(reward_model, prompts, responses, mask))
-    deviation = max(scores.std(), 1e-6)
+    deviation = scores.std() if np.ptp(scores) > 1e-6 else 1.0
     reward_model["head"] /= deviation
     reward_model["bias"] = np.float32([-scores.mean() / deviation])
     return reward_model, np.array(losses)
@@ -804,12 +807,8 @@ def init_weights(rng, rows, columns, deviation):
 
 
 def init_model(rng, vocab_size, width, out_width, scale=1.0):
-    """Draw a model in float32: embed (V, D), mix (D, D), head (D, out_width).
-
-    Context outweighs the current token, so that a late token's state still depends on
-    the whole text.
-    """
-    return {
+    """Draw a model in float32: embed (V, D), mix (D, D), head (D, out_width)."""
+    return {  # context outweighs the token, so that late states know the whole text
         "embed": init_weights(rng, vocab_size, width, 0.1),
         "mix": init_weights(rng, width, width, 5 / width**0.5),
         "head": init_weights(rng, width, out_width, scale / width**0.5),
@@ -827,8 +826,7 @@ def init_models(config, rng, reference=None, reward_model=None):
     """All four as the loop finds them; random where no trained ones are given.
 
     Actor and critic begin as the reference. drift sets the actor off it and the
-    critic's head off 0, as training would, for else every KL of the first step were
-    0.
+    critic's head off 0, as training would: or every KL of the first step were 0.
     """
     sizes, drift = (config.vocab_size, config.width), np.float32(config.drift)
     reference = reference or init_model(rng, *sizes, config.vocab_size)
@@ -843,11 +841,10 @@ def init_models(config, rng, reference=None, reward_model=None):
 
 
 def token_ids(model, *parts):
-    """Arrays of tokens side by side, such as prompts and responses: (B, S) int64.
-
-    Raises ValueError for what is no token of the model.
-    """
+    """Arrays of tokens side by side, (B, S) int64; ValueError for what is none."""
     parts = [np.asarray(part) for part in parts]
+    if any(part.ndim != 2 or len(part) != len(parts[0]) for part in parts):
+        raise ValueError("prompts, responses: shapes are not (B, P), (B, T)")
     if any(part.dtype.kind not in "iu" for part in parts):
         raise ValueError("prompts, responses: tokens are whole numbers")
     tokens = np.concatenate([part.astype(np.int64) for part in parts], axis=1)
@@ -857,10 +854,7 @@ def token_ids(model, *parts):
 
 
 def last_positions(prompts, responses, mask):
-    """Where the last real tokens stand in prompts and responses: (B,) twice.
-
-    Raises ValueError for shapes that differ or a row without a real token.
-    """
+    """Where the last real tokens stand in both, (B,) twice; ValueError for none."""
     real = np.asarray(mask).astype(bool)
     if real.shape != np.shape(responses) or not real.any(axis=1).all():
         raise ValueError("mask: needs the shape of responses, and a 1 in each row")
@@ -896,11 +890,8 @@ def uniform_attention(x):
 
 
 def predicting_states(model, prompts, responses):
-    """The states that predict the response: token t is predicted at P - 1 + t.
-
-    prompts (B, P), responses (B, T). Returns (states, cache): (B, T, D), and what
-    predicting_states_gradients needs.
-    """
+    """The states that predict the response, (B, T, D), token t at P - 1 + t, and a
+    cache for their gradients. prompts (B, P), responses (B, T)."""
     tokens = token_ids(model, prompts, responses)[:, :-1]  # nothing follows the last
     hidden, context = backbone(model, tokens)  # (B, P + T - 1, D) both
     states = hidden[:, np.shape(prompts)[1] - 1 :]
@@ -922,11 +913,8 @@ def log_softmax(logits):
 
 
 def sample_tokens(logits, rng):
-    """Draw a token for each row from softmax(logits).
-
-    The first whose running sum of probability reaches a random share of the total.
-    logits (B, V). Returns (tokens, logprobs), (B,) both, in nats.
-    """
+    """Draw a token for each row of logits (B, V): the first whose running sum of
+    probability reaches a random share of the total. (tokens, logprobs), (B,) both."""
     logprobs = log_softmax(logits)
     running = np.cumsum(np.exp(logprobs), axis=1, dtype=np.float64)
     share = 1 - rng.random(len(logits))  # above 0: what has no weight is never drawn
@@ -935,16 +923,14 @@ def sample_tokens(logits, rng):
 
 
 # What follows is there for speed: the logits of all tokens, an (N, V) matrix, would
-# cost more in fresh memory than in arithmetic. So log probabilities and their gradients
-# see the vocabulary in slices that stay in the processor's cache.
+# cost more in fresh memory than in arithmetic. So log probabilities and gradients see
+# the vocabulary in slices that stay in the processor's cache.
 
 
 def forward_logprobs(model, prompts, responses):
-    """Log probabilities of response tokens, in nats, and a cache for gradients.
+    """Log probabilities of response tokens (B, T), and a cache for their gradients.
 
     logprob = state · head[token] - log Σ exp(state · head[v]) over the vocabulary
-
-    prompts (B, P), responses (B, T). Returns (logprobs, cache): (B, T), and a tuple.
     """
     states, cache = predicting_states(model, prompts, responses)  # (B, T, D)
     head, flat = model["head"], states.reshape(-1, states.shape[2])  # (N, D)
@@ -984,7 +970,7 @@ def backward_logprobs(model, cache, d_logprobs):
 
 
 def sum_by_token(tokens, rows, vocab_size):
-    """Add up the rows (..., D) of each token (...): (V, D). np.add.at likes it flat."""
+    """Add up the rows (..., D) of each token (...): (V, D). Flat, as this is faster."""
     width = rows.shape[-1]
     sums = np.zeros(vocab_size * width, dtype=rows.dtype)
     places = tokens[..., None].astype(np.int64) * width + np.arange(width)
@@ -1012,9 +998,9 @@ def is_clipped(ratio, advantages, clip):
 
 
 def exact_kl(logits, reference, prompts, responses):
-    """KL(actor || reference) = Σ over v of p(v) (log p(v) - log q(v)), at each position.
+    """KL(actor || reference): at each position Σ over v of p(v) (log p(v) - log q(v)).
 
-    logits (B, T, V) are the actor's. Returns (B, T) in nats, without meaning at padding.
+    logits (B, T, V) are the actor's. Returns (B, T) in nats; padding is not masked.
     """
     states, _ = predicting_states(reference, prompts, responses)  # (B, T, D)
     if logits.shape != (*responses.shape, reference["head"].shape[1]):
@@ -1036,8 +1022,8 @@ def completes_word(prompts, responses, mask, config):
 
 
 def best_loss(prompts, responses, mask):
-    """The least cross-entropy that is possible, in nats a token, if all responses differ:
-    each is one in as many as share its prompt."""
+    """The least cross-entropy that is possible, in nats a token, if all responses
+    differ: each is one in as many as share its prompt."""
     alike = (prompts[:, None] == prompts).all(axis=2).sum(axis=1)  # (N,)
     return np.log(alike).sum() / np.count_nonzero(mask)
 
@@ -1109,16 +1095,16 @@ def check_finite(models, data, step):
     sound = np.isfinite(losses).all() and all((abs(w) < 1e6).all() for w in learned)
     if not sound or np.isin(data["ratio"][-1][data["mask"] != 0], [0, np.inf]).all():
         raise FloatingPointError(
-            f"step {step} diverged: a loss is not finite, a weight beyond a million, or "
-            "every ratio 0 or infinite. Try a lower --learning-rate, --beta or --drift."
+            f"step {step} diverged: a loss is not finite, a weight beyond a million or "
+            "every ratio 0 or infinite; try a lower --learning-rate, --beta or --drift"
         )
 
 
 def step_metrics(data, config, step):
     """What a step of training is judged by, under TRL's names where it has one.
 
-    Of sums over a response the mean over the batch; of policy/, loss/ and val/ratio the
-    mean over the epochs' real tokens. data holds the step's arrays.
+    Of sums over a response the mean over the batch; of policy/, loss/ and val/ratio
+    the mean over the epochs' real tokens. data holds the step's arrays.
     """
     texts, ratio = (data["prompts"], data["responses"], data["mask"]), data["ratio"]
     mask, ended = data["mask"], data["responses"] == config.vocab_size - 1
@@ -1155,8 +1141,8 @@ def stretch_starts(steps):
 
 
 def stretch_means(values):
-    """Means over those stretches, (steps,) -> (stretches,), and their standard errors,
-    from how much neighbouring steps differ."""
+    """Means over those stretches, (steps,) -> (stretches,), and their standard
+    errors, from how much neighbouring steps differ."""
     starts = stretch_starts(len(values))
     lengths = np.diff([*starts, len(values)])
     deviation = np.sqrt(np.mean(np.diff(values) ** 2) / 2)  # of one step
@@ -1164,8 +1150,8 @@ def stretch_means(values):
 
 
 def standard_error(values, every_prompt):
-    """Of the mean of values (prompts, responses): over the prompts where these are drawn,
-    over the responses alone where every prompt there is stands among them."""
+    """Of the mean of values (prompts, responses): over the prompts where these are
+    drawn, over the responses alone where every prompt there is stands among them."""
     if every_prompt:
         variances = values.var(axis=1, ddof=1) / values.shape[1]  # (prompts,)
         return variances.sum() ** 0.5 / len(values)
@@ -1176,8 +1162,8 @@ def best_objective(start, beta):
     """What the best policy reaches: β log E[exp(score / β)] for each prompt.
 
     start (prompts, responses) are scores of the reference's responses. Returns (best,
-    bias): (prompts, responses), whose mean is the estimate and whose spread its noise;
-    and by how much the estimate is lower with half of the responses.
+    bias): (prompts, responses), whose mean is the estimate and whose spread its
+    noise; and by how much the estimate is lower with half of the responses.
     """
     highest = start.max(axis=1, keepdims=True)  # (prompts, 1)
     weights = np.exp((start - highest) / beta)
@@ -1190,14 +1176,15 @@ def best_objective(start, beta):
 def attainable_gain(models, config, rng, response_count=512):
     """How much of what is possible training has reached, in J = E[score] - β E[KL].
 
-    No policy exceeds J* = E over prompts of β log E[exp(score / β)], over the reference's
-    responses (Korbak et al. 2022; Rafailov et al. 2023, equation 4). share is (J -
-    J_start) / (J_star - J_start), J_start the reference's. All from response_count fresh
-    responses to each prompt, to every one where prompts are letters, else to 32 drawn
-    ones. share is NaN where J_star has not settled, so that half of the responses lower
-    it by more than its standard error, or where J_star - J_start is lost in its own.
+    No policy exceeds J* = E over prompts of β log E[exp(score / β)], over the
+    reference's responses (Korbak et al. 2022; Rafailov et al. 2023, equation 4).
+    share is (J - J_start) / (J_star - J_start), J_start the reference's. All from
+    response_count fresh responses to each prompt, to every one where prompts are
+    letters, else to 32 drawn ones. share is NaN where J_star has not settled, so that
+    half of the responses lower it by more than its standard error, or where J_star -
+    J_start is lost in its own.
 
-    Returns floats by name, without J_star where beta is 0; {} where it would take long.
+    Returns floats by name, J_star NaN where beta is 0; {} where it would take long.
     """
     length, eos_token = config.response_length, config.vocab_size - 1
     every_prompt = config.prompt_length == 1 and config.vocab_size <= 33
@@ -1230,7 +1217,7 @@ def attainable_gain(models, config, rng, response_count=512):
         share = (reached - start).mean() / stake.mean()
         error = standard_error(reached - start - share * stake, every_prompt)
         settled = bias <= standard_error(best, every_prompt)
-        clear = stake.mean() > 3 * standard_error(stake, every_prompt)
+        clear = stake.mean() > max(3 * standard_error(stake, every_prompt), 1e-6)
         gain["settled"] = float(settled)
         if settled and clear:
             gain["share"], gain["share_error"] = share, error / stake.mean()
@@ -1254,7 +1241,7 @@ PICTURE_WITHOUT_CRITIC = """
                ▲                 └─► reference ─► KL from the actor ─┴► rewards ─┐
                └─ PPO update ◄── advantages ◄── comparison in a group ◄──────────┘
 """
-ASCII = str.maketrans("─►▲│└┘┐┬├┤┴◄●○△…", "->^|+++++++<ox#~")
+ASCII = str.maketrans("─►▲│└┘┐┬├┤┴◄●○△…·", "->^|+++++++<ox#~.")
 OWNERS = ("actor", "critic", "reward", "reference", "human")
 STYLES = {  # a terminal's own theme decides on its colours; exports have theirs
     "terminal": ("dim", "cyan", "magenta", "green", "blue", "red"),
@@ -1275,7 +1262,7 @@ class Styled(RegexHighlighter):
 
 
 def make_console(styles="terminal", **options):
-    """A console of 80 columns that neither wraps nor cuts what it styles."""
+    """A console of 80 columns that neither wraps nor cuts what it shows."""
     quiet, *colours = STYLES[styles]
     theme = {owner: f"not dim {colour}" for owner, colour in zip(OWNERS, colours)}
     theme |= {"title": "bold", "quiet": quiet, "figure": "bold not dim"}
@@ -1300,45 +1287,16 @@ def table(heads, rows, gap=2):
     return Padding(grid, (0, 0, 0, 2), expand=False)
 
 
-def chart(curves, x_label, x_text="{:.0f}".format, width=60, height=9):
-    """One quantity over another, as text. curves are (name, style, x, y)."""
-    x, y = (np.concatenate([curve[axis] for curve in curves]) for axis in (2, 3))
-    grid = [[" "] * width for _ in range(height)]
-    marks = dict(zip([name for name, *_ in curves], "●○△#" * len(curves)))
-    for name, style, xs, ys in curves:
-        columns = (xs - x.min()) / (np.ptp(x) or 1) * (width - 1)
-        rows = (y.max() - ys) / (np.ptp(y) or 1) * (height - 1)
-        for row, column in zip(rows.round().astype(int), columns.round().astype(int)):
-            grid[row][column] = (marks[name], style)
-    text = Text()
-    for row, line in enumerate(grid):
-        value = fixed(y.max() - np.ptp(y) * row / (height - 1))
-        text.append(f"  {'' if row % (height // 2) else value:>6} │")
-        text.append_text(Text.assemble(*line, "\n"))
-    left, right = x_text(x.min()), x_text(x.max())
-    label = f"{x_label:^{width - len(left) - len(right)}}"
-    text.append(f"         └{'─' * width}\n          {left}{label}{right}\n")
-    for name, style, *_ in curves:
-        text.append(f"          {marks[name]} {name}\n", style)
-    return text
-
-
-def starred(values):
-    """Each as text, with a star at the largest."""
-    stars = np.where(values == np.max(values), "*", " ")
-    return [fixed(value) + star for value, star in zip(values, stars)]
-
-
-def smooth(values, most=60):
-    """Means of at most so many equal shares of a run: its course without its noise."""
-    shares = np.array_split(values, min(most, len(values)))
-    return np.array([share.mean() for share in shares])
-
-
 def fixed(value, digits=2):
     """A number with so many decimals, never a negative zero; a dash for none."""
     text = f"{round(float(value), digits) + 0.0:.{digits}f}"
     return "-" if np.isnan(value) else text
+
+
+def starred(values):
+    """Each as text, with a star at the largest."""
+    top = max(values)
+    return [fixed(value) + (" " if value < top else "*") for value in values]
 
 
 def listed(values, most=4, between=", ", form=fixed):
@@ -1349,19 +1307,13 @@ def listed(values, most=4, between=", ", form=fixed):
     return f"[{between.join(texts)}]"
 
 
-def text_of(tokens, config, most=17):
-    """Tokens as a word, where they are letters, or by number."""
-    if not config.readable:
-        return listed(tokens, 3, " ", str)
-    word, dot, _ = "".join(LETTERS[token] for token in tokens).partition(".")
-    return word + dot if len(word) <= most else word[:most] + "…"
-
-
 def texts_of(prompts, responses, config, most=17):
-    """Responses as text: where they are letters, words that begin with the prompt."""
-    if config.readable:
-        responses = np.concatenate([prompts, responses], axis=1)
-    return [text_of(tokens, config, most) for tokens in responses]
+    """Responses as text: as words, which begin with the prompt, or by their numbers."""
+    if not config.readable:
+        return [listed(row, 3, " ", str) for row in responses]
+    rows = np.concatenate([prompts, responses], axis=1)
+    words = ["".join(LETTERS[token] for token in row).partition(".") for row in rows]
+    return [w + dot if len(w) <= most else w[:most] + "…" for w, dot, _ in words]
 
 
 def mean_of(data, name):
@@ -1381,14 +1333,16 @@ def stages_page(seen, config):
     words = texts_of(seen["prompts"], seen["responses"], config)
     before = texts_of(seen["prompts"][:4], seen["fine_tuning/before"], config)
     tuning, choosing = seen["fine_tuning/losses"], seen["losses"]
-    pairs, right, rows = len(words) // 2, seen["accuracy"], []
+    start, end = choosing[:20].mean(), choosing[-20:].mean()
+    pairs, right, best = len(words) // 2, seen["accuracy"], seen["human_accuracy"]
+    noise = (right * (1 - right) / pairs) ** 0.5
+    rows = []
     for row in (0, pairs, 1, pairs + 1, 2, pairs + 2):
-        choice = "chosen" if row < pairs else "rejected"
         figures = fixed(seen["human"][row]), fixed(seen["scores"][row])
-        rows.append([choice, words[row], *figures])
+        rows.append(["chosen" if row < pairs else "rejected", words[row], *figures])
     text = f"""Stage 1: Fine-tuning on {len(WORDS)} words that a human wrote
   Loss: {tuning[0]:.2f} -> {tuning[-20:].mean():.2f}\tnats a letter (a bit is 0.69 nats)
-  Best possible: {seen["fine_tuning/best_loss"]:.2f}\tthe first letter leaves a choice of words
+  Best possible: {seen["fine_tuning/best_loss"]:.2f}\tthe first letter leaves a choice
   Real words: {seen["fine_tuning/words"]:.1%}\tof what it writes are words it was shown
     A prompt is a first letter; a . ends a word. What it wrote before and after:
     {" ".join(before)}
@@ -1396,9 +1350,9 @@ def stages_page(seen, config):
     This is the reference from now on, and the actor begins as its copy.
 
 Stage 2: A reward model that learns from a human's choices
-  Choices between two words: {config.preference_pairs}\tby the human's opinion, and some chance
-  Loss: {choosing[:20].mean():.3f} -> {choosing[-20:].mean():.3f}\tmean of -log sigmoid(chosen - rejected)
-  Fresh pairs right: {right:.1%}\t± {(right * (1 - right) / pairs) ** 0.5:.1%}; the human's own opinion: {seen["human_accuracy"]:.1%}
+  Choices between two: {config.preference_pairs}\tby the human's opinion, and some chance
+  Loss: {start:.3f} -> {end:.3f}\tmean of -log sigmoid(chosen - rejected)
+  Fresh pairs right: {right:.1%}\t± {noise:.1%}; by the human's opinion {best:.1%}
     The human likes an even mix of vowels and consonants and no letter twice, from
     0 to 1. The reward model sees only which of two was chosen; it is frozen now."""
     heads = {"": "", "word": "actor", "human": "human", "score": "reward"}
@@ -1409,14 +1363,16 @@ def step_pages(data, config):
     """A question and its page for each of the steps, of what data holds by then."""
     group = "    Each stands {} times: a group of responses to compare.\n"
     group = "" if config.advantage == "gae" else group.format(config.group_size)
+    first = listed(data["prompts"][0], 3, " ", str)
     yield (why := "Why only prompts, and no answers?")
     yield f"""Step 1: Sample prompts
   Batch size: {len(data["prompts"])}
-  Prompt shapes: {data["prompts"].shape} tokens\tthe first: {text_of(data["prompts"][0], config)}
-{group}    {why} The actor writes its own training data, in step 2.
+  Prompt shapes: {data["prompts"].shape} tokens\tthe first: {first}
+{group}    {why} The actor writes its own training data.
 """
     logits, mask = data["logits"].shape, data["mask"]
     first, *_ = texts_of(data["prompts"], data["responses"], config)
+    uniform = fixed(-math.log(config.vocab_size))
     yield (why := 'Why are log probs "old"?')
     yield f"""Step 2: Generate responses (Actor)
   Actor forward pass...
@@ -1424,7 +1380,7 @@ def step_pages(data, config):
   Actor logits: {logits}\t{4e-6 * math.prod(logits):.1f} MB; training keeps only slices
   Old log probs: {mask.shape}\t{preview(data, "old_logprobs")}
     [...]: the first response's first tokens and last; mean: over all tokens. In
-    nats, units of the natural logarithm: {-math.log(config.vocab_size):.2f} each if all tokens were alike.
+    nats, units of the natural logarithm: {uniform} if all tokens were alike.
     {why} They stay as they are while step 7 changes the actor.
 """
     origin = "was trained above" if config.readable else "is random"
@@ -1435,6 +1391,7 @@ def step_pages(data, config):
     {why} Only what is complete can be judged.
     This reward model {origin}.
 """
+    means = [mean_of(data, name) for name in ("k1", "k2", "k3")]
     yield (why := "Why can the KL of a token be negative?")
     yield f"""Step 4: Compute KL penalty (Reference)
   Reference forward pass...
@@ -1446,17 +1403,18 @@ def step_pages(data, config):
     0; this one was moved by --drift {config.drift:g}, as if training had begun.
     The sum costs too much in training. Estimates from the sampled token alone:
     k1 = log p_actor - log p_reference, k2 = k1²/2, k3 = exp(-k1) - 1 + k1, here
-    {mean_of(data, "k1")}, {mean_of(data, "k2")} and {mean_of(data, "k3")}. As a reward only k1 has KL's gradient.
+    {" ".join(means)} in the mean. As a reward only k1 has KL's gradient.
     {why} k1 is, on {real_mean(data["k1"] < 0, mask):.0%} of them:
     those likelier under the reference. The exact KL is never below 0.
 """
     score, kl, totals = data["scores"][0], data["kl"][0].sum(), data["rewards"].sum(1)
+    by_token = listed(data["rewards"][0][mask[0] != 0])
     yield (why := "Why does the score stand on the last token?")
     yield f"""Step 5: Compute total rewards
   reward = reward_model_score - β * KL
   Total rewards: {listed(totals)}
-    The first: {score:.6g} - {config.beta:g} * {kl:.6g} = {fixed(totals[0])}, its KL summed over its tokens.
-    By token: {listed(data["rewards"][0][mask[0] != 0])}: -β * KL each, the last + score.
+    The first: {score:.6g} - {config.beta:g} * {kl:.6g} = {fixed(totals[0])}, its KL summed.
+    By token: {by_token}: -β * KL each, the last + score.
     {why} Before it, nothing could be judged.
 """
     yield (why := "Why advantages, and not the rewards themselves?")
@@ -1503,15 +1461,15 @@ def advantages_text(data, config, why):
 def update_page(data, config, why):
     """Step 7."""
     low, high = f"{1 - config.clip:g}", f"{1 + config.clip:g}"
+    real = data["mask"] != 0
     losses = {owner: data[f"{owner}_loss"] for owner in ("actor", "critic")}
     losses = {owner: values for owner, values in losses.items() if len(values)}
-    rows, real = [], data["mask"] != 0
+    heads = {"epoch": "", "ratio": "actor", "clipped": "actor"}
+    heads, rows = heads | {f"{owner} loss": owner for owner in losses}, []
     for epoch, (ratio, clipped) in enumerate(zip(data["ratio"], data["clipped"])):
         ratios = f"{ratio[real].min():.3f} .. {ratio[real].max():.3f}"
         figures = [fixed(values[epoch], 4) for values in losses.values()]
         rows.append([str(epoch + 1), ratios, f"{clipped[real].mean():.1%}", *figures])
-    heads = {"epoch": "", "ratio": "actor", "clipped": "actor"}
-    heads |= {f"{owner} loss": owner for owner in losses}
     last = [f"  {o.title()} loss: {fixed(v[-1], 3)}\n" for o, v in losses.items()]
     formulas = f"""Step 7: PPO update
   Ratio = exp(new_log_prob - old_log_prob)
@@ -1542,12 +1500,13 @@ def effect_page(data, models, config):
     heads = {"response": "actor", "total reward": "reward", "mean A": "critic"}
     heads |= dict.fromkeys(("log prob", "after", "change", "probability"), "actor")
     learning = [model for model in models[:2] if model]
-    size = sum(w.nbytes for model in learning for w in model.values()) / 1e6
-    updates = len(learning) * config.ppo_epochs
+    weights = sum(w.nbytes for model in learning for w in model.values()) / 1e6
+    backward = len(learning) * config.ppo_epochs
+    forward = backward + len(learning) + 2
     note = f"""    mean A: of the advantage that acts, over the tokens. What was better than
     expected became more probable, what was worse less so: that is RLHF.
-    It cost {updates + len(learning) + 2} forward and {updates} backward passes, {size:.1f} MB of weights that learn and
-    twice that for Adam's m and v, running means of the gradient and its square.
+    It cost {forward} forward and {backward} backward passes. Adam's m and v, running means of the
+    gradient and of its square, take twice the {weights:.2f} MB of weights that learn.
 """
     return page("What the update did", table(heads, rows), note)
 
@@ -1562,10 +1521,11 @@ def response_page(data, config, row):
     ledger = [column for column in zip(*map(str.split, ledger)) if column[0] in data]
     rows = []
     for t in np.flatnonzero(data["mask"][row]):
-        token = text_of(data["responses"][row, [t]], config).strip("[]")
+        token = data["responses"][row, t]
+        token = LETTERS[token] if config.readable else str(token)
         figures = [fixed(data[name][row, t], 3) for name, _, _ in ledger]
-        star = "*" if data["clipped"][-1, row, t] else ""
-        ratio = fixed(data["ratio"][-1, row, t]) + star
+        ratio = fixed(data["ratio"][-1, row, t])
+        ratio += "*" if data["clipped"][-1, row, t] else ""
         rows.append([str(t), token, *figures, ratio])
     heads = {"t": "", "tok": "actor"} | {head: owner for _, head, owner in ledger}
     text = texts_of(data["prompts"], data["responses"], config)[row]
@@ -1586,9 +1546,8 @@ def what_happened(history):
     """
     human, noise = stretch_means(history["objective/human_scores"])
     words, _ = stretch_means(history["val/words"])
-    change, margin = human[-1] - human[0], 3 * math.hypot(noise[0], noise[-1])
     verdict = "Moved less"
-    if change < -margin:
+    if human[-1] < human[0] - 3 * math.hypot(noise[0], noise[-1]):
         verdict = "Reward hacking, liked less"
     elif words[-1] < 0.7 * words[0]:
         verdict = "Words are being lost"
@@ -1599,12 +1558,15 @@ def what_happened(history):
     return f"{verdict}: human {start} to {end} (best {best}), {words}"
 
 
-FIGURES = (  # metric, theory's name for it, head, owner
-    ("objective/scores", "score", "score", "reward"),
-    ("objective/human_scores", "human", "human", "human"),
-    ("val/words", "words", "words", "human"),
-    ("objective/kl", "kl", "KL", "reference"),
-)
+def figures_in(metrics):
+    """What is shown of a training: (metric, theory's name for it, head, owner) each."""
+    figures = (
+        ("objective/scores", "score", "score", "reward"),
+        ("objective/human_scores", "human", "human", "human"),
+        ("val/words", "words", "words", "human"),
+        ("objective/kl", "kl", "KL", "reference"),
+    )
+    return [figure for figure in figures if figure[0] in metrics]
 
 
 def training_page(run):
@@ -1614,171 +1576,117 @@ def training_page(run):
     ends = [*starts[1:], config.steps]
     heads = {"step": ""}
     cells = [[f"{a + 1}-{b}" if b > a + 1 else str(b) for a, b in zip(starts, ends)]]
-    for metric, _, head, owner in FIGURES:
-        if metric in history:
-            means, _ = stretch_means(history[metric])
-            heads[head] = owner
-            cells.append(list(map(fixed, means)))
-            if head == "human":
-                cells[-1] = starred(means)
+    for metric, _, head, owner in figures_in(history):
+        means, _ = stretch_means(history[metric])
+        cells.append(starred(means) if head == "human" else list(map(fixed, means)))
+        heads[head] = owner
     clipped, _ = stretch_means(history["policy/clipfrac_avg"])
-    heads |= {"clipped": "actor", "two responses": "actor"}
     cells += [[f"{c:.1%}" for c in clipped], [run["texts"][end - 1] for end in ends]]
+    heads |= {"clipped": "actor", "two responses": "actor"}
     text = f"""=== RLHF Training, {run["label"]} ===
-    {config.steps} steps of {config.batch_size} responses; a row is the mean over a stretch of steps.
+    {config.steps} steps of {config.batch_size} responses; rows are means over stretches of steps.
     score: of the reward model; KL: nats a response; clipped: tokens that PPO's clip
     stopped; two responses: of the stretch's last step."""
     note = "\n" * (not config.readable)
     if config.readable:
-        text += "\n    human: its opinion, 0 to 1, * at its best; words: share of real words."
+        text += "\n    human: its opinion, 0 to 1, * best; words: share of real ones."
         note = f"  {what_happened(history)}\n"
     if config.kl_estimator != "k1" and config.beta:
-        note += f"    As a reward, {config.kl_estimator} lacks KL's gradient: it holds the actor less than k1.\n"
+        note += f"    As a reward {config.kl_estimator} does not have the gradient of the KL.\n"
     return page(text, table(heads, list(zip(*cells))), note)
+
+
+def chart_page(runs, width=60, height=9):
+    """The human's opinion over KL; the score's course, where nobody can read."""
+    readable, shares = runs[0]["config"].readable, min(60, runs[0]["config"].steps)
+    metric = "objective/human_scores" if readable else "objective/scores"
+    points, legend = [], []
+    for run, mark in zip(runs, "●○△#" * len(runs)):
+        legend.append(f"{mark} {run['label']}")
+        kl = np.array_split(run["history"]["objective/kl"], shares)
+        opinion = np.array_split(run["history"][metric], shares)
+        for x, y in zip(kl, opinion):  # means over shares of the run, against noise
+            points.append((mark, max(x.mean(), 0) ** 0.5, y.mean()))
+    _, x, y = zip(*points)
+    low, high, right = min(y), max(y), max(x) or 1
+    grid = [[" "] * width for _ in range(height)]
+    for mark, x, y in points:
+        row = round((high - y) / (high - low or 1) * (height - 1))
+        grid[row][round(x / right * (width - 1))] = mark
+    labels = [fixed(high), *[""] * (height - 2), fixed(low)]
+    rows = [f"  {label:>6} │{''.join(row)}\n" for label, row in zip(labels, grid)]
+    end = f"KL in nats, on a scale of square roots: to {right**2:.1f}"
+    text = f"""{"".join(rows)}         └{"─" * width}
+          {end:>{width}}
+          {"   ".join(legend)}
+"""
+    title = "The human's opinion over KL" if readable else "The score over KL"
+    return page(f"{title}, from the start at the left", Text(text))
 
 
 LIMITS = {"J before": "J_start", "J": "J", "J*": "J_star", "share": "share"}
 
 
 def outcome_page(runs):
-    """What the trainings came to, beside the best possible, and words of each."""
-    first = runs[0]["outcome"]
-    theory, readable = "J" in first, "human" in first
-    shown = [(name, head, owner) for _, name, head, owner in FIGURES if name in first]
-    heads = {"": "", **{head: owner for _, head, owner in shown}}
-    heads |= dict.fromkeys(LIMITS, "") if theory else {}
-    happiest = max(run["outcome"].get("human", 0) for run in runs)
-    rows, text = [], f"What came of it{', on fresh prompts' * theory}"
-    for run in runs:
+    """What the trainings came to, words of each, and how near to the best possible."""
+    readable, theory = runs[0]["config"].readable, "J" in runs[0]["outcome"]
+    shown = figures_in(runs[0]["history"])
+    heads = {"": "", **{head: owner for *_, head, owner in shown}}
+    heads |= dict.fromkeys(LIMITS if theory else (), "")
+    human = starred([run["outcome"].get("human", 0) for run in runs])
+    rows, text = [], "What came of it" + ", on fresh prompts" * theory
+    for number, run in enumerate(runs):
         label, outcome = run["label"], run["outcome"]
-        rows.append([label, *[fixed(outcome[name]) for name, *_ in shown]])
+        rows.append([label, *[fixed(outcome[name]) for _, name, *_ in shown]])
         if readable:
-            rows[-1][2] += "*" if outcome["human"] == happiest else " "
-            text += (
-                f"\n  {label:12}  {run['words']}\n    {what_happened(run['history'])}"
-            )
+            rows[-1][2] = human[number]
+            text += f"\n  {label:12}  {run['words']}"
+            text += f"\n    {what_happened(run['history'])}"
         if theory:
-            rows[-1] += [percent_or_fixed(outcome, name) for name in LIMITS.values()]
-            errors = [
-                percent_or_fixed(outcome, f"{name}_error") for name in LIMITS.values()
-            ]
-            rows.append([" ± std. error", *[""] * len(shown), *errors])
-    note = "    At these sizes a comparison with theory would take long.\n"
-    if theory:
-        note = """    J = score - β * KL, which is maximised; J before: of the reference; J*: the most
-    that any policy can reach; share: of the way from J before to J*, in percent,
-    and a dash where β is 0 or J* cannot be told from so few responses.
+            blank = [" ± std. error", *[""] * len(shown)]
+            rows[-1] += [in_units(outcome, name) for name in LIMITS.values()]
+            errors = [in_units(outcome, f"{name}_error") for name in LIMITS.values()]
+            rows.append([*blank, *errors])
+    note = """    J = score - β * KL is maximised; J before: of the reference; J*: the most that a
+    policy can reach; share: of the way from J before to J*, in percent, and a dash
+    where β is 0 or J* cannot be told from so few responses.
 """
-    return page(text, table(heads, rows), note + "".join(differences(runs)))
+    if not theory:
+        note = "    At these sizes a comparison with theory would take long.\n"
+    return page(text, table(heads, rows), note + differences(runs))
 
 
-def percent_or_fixed(outcome, name):
-    """A figure of theory; shares in percent."""
-    return fixed(100 * outcome[name], 1) if "share" in name else fixed(outcome[name])
+def in_units(outcome, name):
+    """A figure of theory as text: shares in percent."""
+    percent = "share" in name
+    return fixed(100 * outcome[name], 1) if percent else fixed(outcome[name], 3)
 
 
 def differences(runs):
     """For each beta a sentence: do advantages differ in J by more than noise?"""
+    text = ""
     for beta in dict.fromkeys(run["config"].beta for run in runs):
         same = [run["outcome"] for run in runs if run["config"].beta == beta]
         if len(same) > 1 and "J" in same[0]:
             low, *_, high = sorted(same, key=lambda outcome: outcome["J"])
-            noise = 2 * math.hypot(low["J_error"], high["J_error"])
-            than = "more" if high["J"] - low["J"] > noise else "no more"
-            yield f"""    At β {beta:g} advantages differ in J by {high["J"] - low["J"]:.3f}, {than} than two standard errors ({noise:.3f}).
-"""
-
-
-def curves_page(runs):
-    """The human's opinion over KL; where nobody can read, J over the steps."""
-    curves = []
-    for run, style in zip(runs, ("human", "figure", "actor", "critic") * len(runs)):
-        history = {name: smooth(values) for name, values in run["history"].items()}
-        if run["config"].readable:
-            title, label = (
-                "The human's opinion over KL",
-                "KL in nats, on a scale of square roots",
-            )
-            x, y = (
-                history["objective/kl"].clip(0) ** 0.5,
-                history["objective/human_scores"],
-            )
-        else:
-            title, label = "J = score - β * KL over the steps", "step, smoothed"
-            x, y = history["episode"] ** 0.5, history["objective/rlhf_reward"]
-        curves.append((run["label"], style, x, y))
-    return page(title, chart(curves, label, lambda x: f"{x**2:.1f}"))
+            noise = math.hypot(low["J_error"], high["J_error"])
+            gap = high["J"] - low["J"]
+            than = "more" if gap > 2 * noise else "not more"
+            text += f"    At β {beta:g} advantages differ in J by {gap:.3f} ± {noise:.3f}, {than} than by\n"
+            text += "    chance in these responses; another seed would move both.\n"
+    return text
 
 
 # ---------------------------------------------------------------- 9. the command line
 
-LETTERS_PRESET = {"vocab_size": 27, "batch_size": 64, "prompt_length": 1}
-LETTERS_PRESET |= {
-    "response_length": 16,
-    "beta": 0.2,
-    "learning_rate": 4e-3,
-    "drift": 0.1,
-}
+LETTERS_PRESET = {"vocab_size": 27, "batch_size": 64, "prompt_length": 1, "beta": 0.2}
+LETTERS_PRESET |= {"response_length": 16, "learning_rate": 4e-3, "drift": 0.1}
 PRESETS = {"gpt2": {}, "letters": LETTERS_PRESET}
 SIZES = "batch_size prompt_length response_length vocab_size width preference_pairs"
-EFFECTIVE = (  # flags, what they need to have an effect, and whether a run has it
-    ("gamma lam", "--advantage gae", lambda config: config.advantage == "gae"),
-    (
-        "group_size",
-        "--advantage rloo, grpo",
-        lambda config: config.advantage != "gae",
-    ),
-    ("preference_pairs", "--preset letters", lambda config: config.readable),
-    ("inspect pause", "one step, without --steps", lambda config: config.steps == 1),
-)
+ABOUT = "RLHF with PPO, in real numbers. Without flags: one step of it, shown."
 EXAMPLES = """examples:
   python rlhf_loop_pseudo.py --preset letters --inspect 3
   python rlhf_loop_pseudo.py --preset letters --steps 200 --beta 0 0.05 0.2 1"""
-
-
-def make_parser():
-    """The flags: one for each field of Config, and those of what is shown and saved."""
-    parser = argparse.ArgumentParser(
-        prog="rlhf_loop_pseudo.py",
-        usage="%(prog)s [flags]",
-        description="RLHF with PPO, in real numbers. Without flags: one step of it.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    groups = (
-        "sizes",
-        "algorithm (of beta and advantage several, to compare)",
-        "output",
-    )
-    sizes, algorithm, output = map(parser.add_argument_group, groups)
-    sizes.add_argument("--preset", choices=PRESETS, help="what to start from (gpt2)")
-    for setting in fields(Config):
-        group = sizes if setting.name in SIZES.split() else algorithm
-        kind, text = setting.type.__origin__, setting.type.__metadata__[0]
-        options = {"type": kind, "help": f"{text} ({setting.default})"}
-        options["metavar"] = {int: "N", float: "X", str: "NAME"}[kind]
-        if setting.name in ("beta", "advantage"):
-            options["nargs"] = "+"
-        group.add_argument(flag(setting.name), **options)
-    add = output.add_argument
-    add("--inspect", type=int, metavar="ROW", help="show a response token by token")
-    add("--pause", action="store_const", const=True, help="ask before every step")
-    add(
-        "--show",
-        nargs="?",
-        const="",
-        metavar="NAME",
-        help="print a function, or a list",
-    )
-    add(
-        "--save", type=Path, metavar="FILE.npz", help="save the arrays or the metrics"
-    )
-    add(
-        "--export", type=Path, metavar="FILE", help="save the screen: .svg .html .txt"
-    )
-    add("--theme", choices=("dark", "light"), help="colours of the export (dark)")
-    return parser
 
 
 def flag(name):
@@ -1786,8 +1694,33 @@ def flag(name):
     return f"--{name.replace('_', '-')}"
 
 
+def make_parser():
+    """The flags: one for each field of Config, and those of what is shown and saved."""
+    parser = argparse.ArgumentParser("rlhf_loop_pseudo.py", "%(prog)s [flags]", ABOUT)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = EXAMPLES
+    groups = "sizes", "algorithm (several beta or advantage: compared)", "output"
+    sizes, algorithm, output = map(parser.add_argument_group, groups)
+    sizes.add_argument("--preset", choices=PRESETS, help="what to start from (gpt2)")
+    for setting in fields(Config):
+        kind, text = setting.type.__origin__, setting.type.__metadata__[0]
+        options = {"type": kind, "help": f"{text} ({setting.default})"}
+        options["metavar"] = {int: "N", float: "X", str: "NAME"}[kind]
+        options["nargs"] = "+" if setting.name in ("beta", "advantage") else None
+        group = sizes if setting.name in SIZES else algorithm
+        group.add_argument(flag(setting.name), **options)
+    add = output.add_argument
+    add("--inspect", type=int, metavar="ROW", help="show a response token by token")
+    add("--pause", action="store_const", const=True, help="ask before every step")
+    add("--show", nargs="?", const="", metavar="NAME", help="print a function")
+    add("--save", type=Path, metavar="FILE.npz", help="save arrays or metrics")
+    add("--export", type=Path, metavar="FILE", help="save it as: .svg .html .txt")
+    add("--theme", choices=("dark", "light"), help="colours of the export (dark)")
+    return parser
+
+
 def meant(name, names):
-    """A question for a name that is not known: one that begins so, by initials, or alike."""
+    """A question for a name that is not known: which begins so, by initials, or alike."""
     plain = {known.strip("-").replace("_", "-"): known for known in names}
     wanted = name.strip("-").replace("_", "-").lower()
     near = [known for known in plain if known.startswith(wanted)]
@@ -1800,24 +1733,19 @@ def read_command_line(argv):
     """What was given, and a Config for each beta and advantage; or exit with 2."""
     parser = make_parser()
     options, unknown = parser.parse_known_args(argv)
-    given = {
-        name: value for name, value in vars(options).items() if value is not None
-    }
-    preset = "letters" if given.get("vocab_size") == len(LETTERS) else "gpt2"
-    settings = dict(PRESETS[given.get("preset", preset)])
+    given = {name: x for name, x in vars(options).items() if x is not None}
+    preset = "letters" if options.vocab_size == len(LETTERS) else "gpt2"
+    settings = PRESETS[given.get("preset", preset)].copy()
     if given.get("steps", 1) > 1:
         settings["drift"] = 0.0  # training starts at the reference
     betas = given.get("beta", [settings.get("beta", Config.beta)])
     advantages = given.get("advantage", [Config.advantage])
-    settings |= {
-        name: value for name, value in given.items() if hasattr(Config, name)
-    }
+    settings |= {name: x for name, x in given.items() if hasattr(Config, name)}
     configs = []
     try:
         for name in unknown:
-            raise ValueError(
-                f"{name} is no flag{meant(name, map(flag, vars(options)))}"
-            )
+            flags = map(flag, vars(options))
+            raise ValueError(f"{name} is no flag{meant(name, flags)}")
         for settings["beta"] in betas:
             for settings["advantage"] in advantages:
                 configs.append(Config(**settings))
@@ -1828,68 +1756,52 @@ def read_command_line(argv):
 
 
 def refuse(given, configs):
-    """Raises ValueError with a sentence for what cannot be, or would have no effect."""
-    config, training = configs[0], configs[0].steps > 1
-    for names, needed, holds in EFFECTIVE:
-        for name in given.keys() & set(names.split()):
-            if not any(map(holds, configs)):
-                raise ValueError(f"{flag(name)}: has an effect only with {needed}")
-    last, rows = config.batch_size - 1, range(config.batch_size)
-    rules = [
-        ("show" in given and len(given) > 1, "--show: has an effect only alone"),
-        ("theme" in given and "export" not in given, "--theme: is for --export only"),
-        (
-            len(set(configs)) < len(configs),
-            "--beta, --advantage: a value stands twice",
-        ),
-        (
-            len(configs) > 1 and not training,
-            "--beta, --advantage: to compare, add --steps",
-        ),
-        (
-            given.get("inspect", 0) not in rows,
-            f"--inspect: responses are 0 to {last}",
-        ),
-        ("pause" in given and not sys.stdin.isatty(), "--pause: needs a terminal"),
+    """Raises ValueError where something cannot be, or would have no effect."""
+    config, rows = configs[0], range(configs[0].batch_size)
+    gae = [config.advantage == "gae" for config in configs]
+    kinds = {"save": [".npz"], "export": [".svg", ".html", ".txt"]}
+    fits = {n: given.get(n, Path()).suffix in kinds[n] for n in kinds}
+    here = {n: os.access(given.get(n, Path()).parent, os.W_OK) for n in kinds}
+    single, different = len(configs) == 1, len(set(configs)) == len(configs)
+    rules = [  # flags, whether they work here, and how they would
+        ("gamma lam", any(gae), "with --advantage gae"),
+        ("group_size", not all(gae), "with --advantage rloo or grpo"),
+        ("preference_pairs", config.readable, "with --preset letters"),
+        ("inspect pause", config.steps == 1, "in a walk-through, without --steps"),
+        ("inspect", given.get("inspect") in rows, f"with a row from 0 to {rows[-1]}"),
+        ("pause", sys.stdin and sys.stdin.isatty(), "in a terminal"),
+        ("beta advantage", single or config.steps > 1, "with one value, or --steps"),
+        ("beta advantage", different, "with each value once"),
+        ("show", len(given) == 1, "alone"),
+        ("theme", "export" in given, "with --export"),
+        ("save", fits["save"], "with a file that ends in .npz"),
+        ("export", fits["export"], "with a file that ends in .svg, .html or .txt"),
+        ("save", here["save"], "in a folder that can be written to"),
+        ("export", here["export"], "in a folder that can be written to"),
     ]
-    for broken, sentence in rules:
-        if broken:
-            raise ValueError(sentence)
+    for flags, works, how in rules:
+        for name in given.keys() & set(flags.split()):
+            if not works:
+                raise ValueError(f"{flag(name)}: works only {how}")
     functions_named(given.get("show", ""))
     if config.readable:
         demonstrations(WORDS, config)
-    for name, kinds in ("save", ".npz"), ("export", ".svg .html .txt"):
-        path = given.get(name, Path(f"a{kinds[:4]}"))
-        if path.suffix not in kinds.split() or not os.access(path.parent, os.W_OK):
-            raise ValueError(
-                f"--{name}: {path} is no {kinds} file in a writable folder"
-            )
-    refuse_sizes(config)
-
-
-def refuse_sizes(config):
-    """Raises ValueError where arrays will not fit into the machine's memory."""
     logits = config.batch_size * config.response_length * config.vocab_size
-    weights = 12 * config.width * (config.vocab_size + config.width)  # with m and v
-    needed = 4e-9 * (weights + (logits if config.steps == 1 else 0))
-    if hasattr(os, "sysconf"):
-        memory = 1e-9 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        if needed > memory:
-            flags = ", ".join(map(flag, SIZES.split()))
-            raise ValueError(
-                f"{flags}: {needed:.0f} GB needed, {memory:.0f} GB there"
-            )
+    weights = 12 * config.width * config.vocab_size
+    needed = 4 * (weights + logits * (config.steps == 1))
+    pages = getattr(os, "sysconf", {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": math.inf}.get)
+    memory = pages("SC_PAGE_SIZE") * pages("SC_PHYS_PAGES")
+    if needed > memory:  # the largest array, and models with Adam's m and v
+        raise ValueError(f"sizes: {needed:.1e} bytes are needed of {memory:.1e}")
 
 
 def functions_named(name):
     """Functions of this file by name, in any case, or by their step; none for ""."""
-    own = {
-        k: v for k, v in globals().items() if getattr(v, "__module__", "") == __name__
-    }
-    names = [known for known in own if known.lower() == name.lower()]
-    names = names or [k for k, v in own.items() if f"Step {name}." in str(v.__doc__)]
+    docs = {n: str(x.__doc__) for n, x in globals().items() if inspect.isfunction(x)}
+    names = [known for known in docs if known.lower() == name.lower()]
+    names = names or [known for known, doc in docs.items() if f"Step {name}" in doc]
     if name and not names:
-        raise ValueError(f"--show: {name} is no function here{meant(name, own)}")
+        raise ValueError(f"--show: {name} is no function here{meant(name, docs)}")
     return names
 
 
@@ -1903,36 +1815,34 @@ def global_names(code):
 
 def source_of(names):
     """Functions and all in this file that they need, in its order, ready to paste."""
-    found, wanted, order = {}, list(names), list(globals())
-    while wanted:
-        name = wanted.pop()
+    found, wanted = {}, list(names)
+    for name in wanted:  # which grows
         value = globals()[name]
         home = getattr(value, "__module__", None)
-        found[name] = (
-            f"from {home} import {name}\n" if home else f"{name} = {value!r}\n"
-        )
+        found[name] = f"from {home} import {name}\n"
         if inspect.ismodule(value):
             found[name] = f"import {value.__name__} as {name}\n"
+        elif home is None:
+            found[name] = f"{name} = {value!r}\n"
         elif home == __name__:
             found[name] = inspect.getsource(value)
         needed = global_names(compile(found[name], name, "exec")) & globals().keys()
-        wanted += [other for other in needed - found.keys() if other[:1] != "_"]
-    return "\n\n".join(found[name] for name in sorted(found, key=order.index))
+        wanted += [n for n in needed if n not in wanted and n[0] != "_"]
+    return "\n\n".join(found[name] for name in globals() if name in found)
 
 
-def show_pages(name):
+def show_page(name):
     """The source of a function, or a list of the public ones."""
     if name:
-        yield Text(source_of(functions_named(name)))
-        return
-    for value in list(globals().values()):
-        if "Source: " in str(getattr(value, "__doc__", "")):
-            yield Text(f"  {value.__name__:20} {value.__doc__.splitlines()[0]}")
+        return Text(source_of(functions_named(name)))
+    functions = [x for x in globals().values() if inspect.isfunction(x)]
+    public = [f for f in functions if "Source: " in str(f.__doc__)]
+    lines = [f"  {f.__name__:20} {f.__doc__.splitlines()[0]}" for f in public]
+    return Text("\n".join(lines))
 
 
 def opening_pages(title, configs, arrays):
-    """The data flow and what comes before the loop; returns (reference, reward_model)
-    where a human can read what they write."""
+    """The data flow, and the stages before the loop; returns what init_models takes."""
     critic, config = any(c.advantage == "gae" for c in configs), configs[0]
     yield page(f"=== {title} ==={PICTURE if critic else PICTURE_WITHOUT_CRITIC}")
     if not config.readable:
@@ -1965,8 +1875,9 @@ def one_step_pages(given, config, arrays):
 
 def wait_for_enter():
     """Wait for Enter, but for none that was pressed before the question stood there."""
-    if importlib.util.find_spec("termios"):  # not on Windows
-        termios = importlib.import_module("termios")
+    if sys.platform != "win32":
+        import termios
+
         termios.tcflush(sys.stdin, termios.TCIFLUSH)
     input("  [Enter] ")
 
@@ -1980,55 +1891,44 @@ def training_pages(configs, arrays, runs):
         models = init_models(config, np.random.default_rng(config.seed), *before)
         train_and_watch(runs[-1], models)
         yield training_page(runs[-1])
-    yield curves_page(runs)
+    yield chart_page(runs)
     yield outcome_page(runs)
 
 
 def train_and_watch(run, models):
     """Train, with live figures in a terminal; run gets metrics, texts and outcome."""
     config, history, label = run["config"], run["history"], run["label"]
-    rng = np.random.default_rng([config.seed, 2])
+    rngs = [np.random.default_rng([config.seed, stream]) for stream in (2, 3, 4)]
     columns = "{task.description}", MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, transient=True, disable=not sys.stdout.isatty()) as live:
         task = live.add_task(label, total=config.steps)
-        for metrics, data in train(models, config, rng):
+        for metrics, data in train(models, config, rngs[0]):
             for name, value in metrics.items():
                 history.setdefault(name, []).append(float(value))
             texts = texts_of(data["prompts"][:2], data["responses"][:2], config, 10)
             run["texts"].append(" ".join(texts))
-            now = [
-                f"{head} {history[m][-1]:.2f}"
-                for m, _, head, _ in FIGURES
-                if m in metrics
-            ]
+            shown = figures_in(metrics)
+            now = [f"{head} {fixed(metrics[metric])}" for metric, _, head, _ in shown]
             live.update(task, advance=1, description="  ".join([label, *now]))
-    last = {
-        name: stretch_means(history[m])[0][-1]
-        for m, name, *_ in FIGURES
-        if m in history
-    }
-    rng = np.random.default_rng([config.seed, 3])
-    run["outcome"] = attainable_gain(models, config, rng) or last
+    last = {name: stretch_means(history[m])[0][-1] for m, name, *_ in shown}
+    run["outcome"] = attainable_gain(models, config, rngs[1]) or last
     if config.readable:
-        rng = np.random.default_rng([config.seed, 4])
-        prompts = np.arange(0, 26, 5)[:, None]  # a, f, k, p, u, z
-        responses, *_ = generate(
-            models.actor, prompts, config.response_length, rng, 26
-        )
+        prompts, length = np.arange(0, 26, 5)[:, None], config.response_length
+        responses, *_ = generate(models.actor, prompts, length, rngs[2], 26)
         run["words"] = " ".join(texts_of(prompts, responses, config, 9))
 
 
 def saved(configs, arrays, runs):
     """All arrays, and the configuration as JSON, as bytes; several runs a row each."""
-    rows, steps = {}, configs[0].steps
-    for name in dict.fromkeys(name for run in runs for name in run["history"]):
-        values = [run["history"].get(name, []) for run in runs]
-        rows[name] = [v + [np.nan] * (steps - len(v)) for v in values]
-    for name in dict.fromkeys(name for run in runs for name in run["outcome"]):
-        rows[f"theory/{name}"] = [run["outcome"].get(name, np.nan) for run in runs]
+    rows, config, steps = {}, {}, configs[0].steps
+    for run in runs:
+        for name, values in run["history"].items():
+            missing = [np.nan] * (steps - len(values))
+            rows.setdefault(name, []).append([*values, *missing])
+        for name, value in run["outcome"].items():
+            rows.setdefault(f"theory/{name}", []).append(value)
     if len(configs) == 1:
         rows = {name: values[0] for name, values in rows.items()}
-    config = {}
     for name, value in vars(configs[0]).items():
         values = [vars(other)[name] for other in configs]
         config[name] = values if len(set(values)) > 1 else value
@@ -2037,43 +1937,45 @@ def saved(configs, arrays, runs):
     return data.getvalue()
 
 
-def exported(kind, theme, parts):
-    """What was shown, in the bytes of a file of that kind."""
+def exported(path, theme, parts):
+    """What was shown, as the bytes of a file of path's kind."""
     console = make_console(theme, record=True, file=io.StringIO())
     for part in parts:
         console.print(part)
     light, dark = terminal_theme.DEFAULT_TERMINAL_THEME, terminal_theme.MONOKAI
     colours = light if theme == "light" else dark
-    if kind == ".svg":
-        text = console.export_svg(title="rlhf_loop_pseudo", theme=colours)
-    elif kind == ".html":  # a block that changes nothing of the page around it
-        style = "color: {foreground}; background: {background}; padding: 1em"
-        block = f'<meta charset="utf-8">\n<pre style="{style}">{{code}}</pre>\n'
-        text = console.export_html(
-            theme=colours, inline_styles=True, code_format=block
-        )
-    else:
-        text = console.export_text()
-    return text.encode("utf-8")
+    if path.suffix == ".svg":
+        return console.export_svg(title="rlhf_loop_pseudo", theme=colours).encode()
+    if path.suffix == ".txt":
+        return console.export_text().encode()
+    # inline styles only, so that a page around the block stays as it is
+    style = "color: {foreground}; background: {background}; padding: 1em"
+    block = f'<meta charset="utf-8">\n<pre style="{style}">{{code}}</pre>\n'
+    text = console.export_html(theme=colours, code_format=block, inline_styles=True)
+    return text.encode()
 
 
-def main(argv=None):
-    """Run the command line argv, sys.argv without it. Returns the exit code."""
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # where it is closed
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(
-            errors="replace"
-        )  # an encoding may have no Greek letters
+def plain(error):
+    """What stands for a character that an encoding lacks, and where to go on."""
+    text = error.object[error.start : error.end].translate(ASCII)
+    return text.encode("ascii", "replace").decode(), error.end
+
+
+def write(path, data):
+    """Write bytes to a file, whole or not at all. Returns the exit code."""
+    partial = path.with_name(f".{path.name}.partial")
     try:
-        given, configs = read_command_line(argv)
-    except SystemExit as stop:  # --help, or bad input
-        return stop.code
-    console, arrays, runs, shown, code = make_console(), {}, [], [], 0
-    pages = training_pages(configs, arrays, runs)
-    if "show" in given:
-        pages = show_pages(given["show"])
-    elif configs[0].steps == 1:
-        pages = one_step_pages(given, configs[0], arrays)
+        partial.write_bytes(data)
+        partial.replace(path)
+    except OSError as problem:
+        partial.unlink(missing_ok=True)
+        return complain(problem)
+    return 0
+
+
+def show_all(pages, shown):
+    """Print pages as they come; shown gets them. Returns the exit code."""
+    console = make_console()
     try:
         with np.errstate(all="ignore"):  # check_finite speaks of what is not finite
             for part in pages:
@@ -2082,21 +1984,12 @@ def main(argv=None):
         sys.stdout.flush()
     except (KeyboardInterrupt, EOFError):
         console.print("\nInterrupted.")
-        code = 130
+        return 130
+    except SystemExit:  # rich's answer to a closed pipe
+        return 1
     except (FloatingPointError, MemoryError, OSError) as problem:
-        code = complain(problem)
-    files = {}
-    if "save" in given and (arrays or runs):
-        files[given["save"]] = lambda: saved(configs, arrays, runs)
-    if "export" in given:
-        kind, theme = given["export"].suffix, given.get("theme", "dark")
-        files[given["export"]] = lambda: exported(kind, theme, shown)
-    for path, content in files.items():
-        try:
-            write_whole(path, content())
-        except OSError as problem:
-            code = complain(problem)
-    return code
+        return complain(problem)
+    return 0
 
 
 def complain(problem):
@@ -2105,14 +1998,29 @@ def complain(problem):
     return 1
 
 
-def write_whole(path, data):
-    """Write bytes beside path and put them in its place: whole, or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
+def main(argv=None):
+    """Run the command line argv, sys.argv without it. Returns the exit code."""
+    sys.stdout = sys.stdout or io.StringIO()  # where it is closed
+    if hasattr(sys.stdout, "reconfigure"):
+        codecs.register_error("plain", plain)
+        sys.stdout.reconfigure(errors="plain")
     try:
-        partial.write_bytes(data)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+        given, configs = read_command_line(argv)
+    except SystemExit as stop:  # --help, or bad input
+        return stop.code
+    arrays, runs, shown = {}, [], []
+    pages = training_pages(configs, arrays, runs)
+    if "show" in given:
+        pages = [show_page(given["show"])]
+    elif configs[0].steps == 1:
+        pages = one_step_pages(given, configs[0], arrays)
+    code = show_all(pages, shown)
+    if "save" in given:
+        code = write(given["save"], saved(configs, arrays, runs)) or code
+    if "export" in given:
+        theme = given.get("theme", "dark")
+        code = write(given["export"], exported(given["export"], theme, shown)) or code
+    return code
 
 
 if __name__ == "__main__":
