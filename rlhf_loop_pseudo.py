@@ -1635,6 +1635,8 @@ def outcome_page(runs):
     heads |= dict.fromkeys(LIMITS if theory else (), "")
     human = starred([run["outcome"].get("human", 0) for run in runs])
     rows, text = [], "What came of it" + ", on fresh prompts" * theory
+    if readable:
+        text += f"\n  {'reference':12}  {runs[0]['start']}"
     for number, run in enumerate(runs):
         label, outcome = run["label"], run["outcome"]
         rows.append([label, *[fixed(outcome[name]) for _, name, *_ in shown]])
@@ -1672,8 +1674,8 @@ def differences(runs):
             noise = math.hypot(low["J_error"], high["J_error"])
             gap = high["J"] - low["J"]
             than = "more" if gap > 2 * noise else "not more"
-            text += f"    At β {beta:g} advantages differ in J by {gap:.3f} ± {noise:.3f}, {than} than by\n"
-            text += "    chance in these responses; another seed would move both.\n"
+            text += f"    At β {beta:g} advantages differ in J by {gap:.3f} ± {noise:.3f}, {than}\n"
+            text += "    than by chance in these responses; another seed would move both.\n"
     return text
 
 
@@ -1898,7 +1900,7 @@ def training_pages(configs, arrays, runs):
 def train_and_watch(run, models):
     """Train, with live figures in a terminal; run gets metrics, texts and outcome."""
     config, history, label = run["config"], run["history"], run["label"]
-    rngs = [np.random.default_rng([config.seed, stream]) for stream in (2, 3, 4)]
+    rngs = [np.random.default_rng([config.seed, stream]) for stream in (2, 3)]
     columns = "{task.description}", MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, transient=True, disable=not sys.stdout.isatty()) as live:
         task = live.add_task(label, total=config.steps)
@@ -1914,8 +1916,10 @@ def train_and_watch(run, models):
     run["outcome"] = attainable_gain(models, config, rngs[1]) or last
     if config.readable:
         prompts, length = np.arange(0, 26, 5)[:, None], config.response_length
-        responses, *_ = generate(models.actor, prompts, length, rngs[2], 26)
-        run["words"] = " ".join(texts_of(prompts, responses, config, 9))
+        for name, model in ("start", models.reference), ("words", models.actor):
+            rng = np.random.default_rng([config.seed, 4])
+            responses, *_ = generate(model, prompts, length, rng, 26)
+            run[name] = " ".join(texts_of(prompts, responses, config, 9))
 
 
 def saved(configs, arrays, runs):

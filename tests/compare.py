@@ -1,431 +1,829 @@
 """Your PPO functions beside ours on random inputs, and the smallest input on which they differ.
 
     python tests/compare.py my_ppo.py
-    python tests/compare.py my_ppo.py --map gae=compute_advantages --map whiten=masked_whiten
+    python tests/compare.py my_ppo.py --map gae=compute_advantages --map whiten=Trainer.whiten
 
-Every function of the table below that my_ppo.py defines, under our name or one given by --map, is called as ours is:
-the same arguments in the same order. They are NumPy arrays, or torch tensors if my_ppo.py imports torch. Either may
-come back, or what np.asarray understands; of several results the first are enough, and None is not compared.
-Masks are 1s and then 0s, and padding holds junk. A known difference of convention counts as agreeing, and is said.
-The same file gets the same report. Exit code: 0 where all agree, 1 where one differs, 2 for nothing to compare.
+Each function of the table below that my_ppo.py defines, under our name or one given by --map, is
+called as ours is: the same arguments in the same order. They are NumPy arrays, or torch tensors if
+my_ppo.py imports torch; what yours refuses (a dtype, a mask of numbers, arrays in place of lists of
+rows) is tried in another way, and said. It returns arrays, tensors or lists in our order, or a dict
+with our names; the first results are enough. A torch loss without gradients is differentiated here.
+
+Masks are 1s and then 0s; at padding stands 0 or any number. A known difference of convention is
+named, and counts as agreeing. What agrees is asked two more questions, which count with --strict:
+does NaN or infinity at padding reach its results, does it agree where the mask has holes? Exit
+code: 0 where all agree, 1 where one differs, 2 where nothing can be compared.
 """
 
 import argparse
-import importlib.machinery
 import importlib.util
 import inspect
+import itertools
 import math
 import sys
 import textwrap
 import traceback
 import warnings
-from functools import partial
-from itertools import zip_longest
+from collections import Counter
+from dataclasses import dataclass, replace
+from functools import cached_property, partial, reduce
 from pathlib import Path
+from typing import NamedTuple
 
-import numpy as np
-from hypothesis import Phase, find, settings
-from hypothesis import strategies as st
-from hypothesis.errors import Flaky, NoSuchExample
+try:
+    import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-loop = importlib.import_module("rlhf_loop_pseudo")
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    loop = importlib.import_module("rlhf_loop_pseudo")
 
-# What is compared: our function, the kinds of its arguments (made in cases), the names of its results. "moderate" is
-# "numbers" without the extreme ones, which cancel in gradients and leave nothing of float32
-COMPARED = {
-    "score_responses": ("reward_model prompts responses mask", "scores"),
-    "token_logprobs": ("actor prompts responses", "logprobs"),
-    "kl_penalty": ("logprobs logprobs estimator", "kl"),
-    "shape_rewards": ("scores logprobs mask beta", "rewards"),
-    "critic_values": ("critic prompts responses", "values"),
-    "gae": ("numbers numbers mask discount discount", "advantages returns"),
-    "group_advantages": ("numbers mask group_size method", "advantages"),
-    "whiten": ("numbers mask", "whitened"),
-    "ppo_loss": ("logprobs logprobs numbers mask clip", "loss d_new_logprobs ratio"),
-    "value_loss": ("numbers numbers mask", "loss d_values"),
-    "actor_gradients": ("actor prompts responses moderate moderate mask clip", "gradients loss ratio"),
-    "critic_gradients": ("critic prompts responses moderate mask", "gradients loss"),
-    "adam_step": ("weights weights weights learning_rate", "params"),
-    "human_scores": ("responses mask vocab_size", "scores"),
-    "preference_loss": ("scores scores", "loss d_chosen d_rejected"),
-    "reward_gradients": ("critic prompts responses mask_of_pairs", "gradients loss"),
-}
-# A share of the largest number in play: above rounding, and above what an epsilon of 1e-8 in a denominator does
-TOLERANCE = {"float64": 1e-7, "float32": 1e-4}
-
-# ------------------------------------------------------------------ random arguments
-# Round numbers come first, because hypothesis shrinks towards what comes first.
-
-ODD = [n / 1000 for n in range(-2999, 3000, 97)]
-NUMBERS = [0, 1, -1, 2, -2, 0.5, *ODD]
-LOGPROBS = [0, -1, -2, -0.5, *(-abs(x) for x in ODD)]
-CHOICES = {
-    "estimator": ["k1", "k2", "k3"],
-    "method": ["rloo", "grpo"],
-    "beta": [1.0, 0.0, 0.1],
-    "discount": [1.0, 0.0, 0.9],
-    "clip": [0.2, 0.1],
-    "learning_rate": [1.0, 0.1],
-}
+    from conventions import CLIPS, KNOWN, MISTAKES, SMALL, Convention, reordered, scaled
+except (ModuleNotFoundError, SystemExit) as missing:
+    print(f"compare.py: {missing}", file=sys.stderr)
+    sys.exit(2)
 
 
-@st.composite
-def cases(draw, kinds):
-    """The arguments of one call: few rows, few tokens, and in one case of three extreme numbers among them."""
-    dtype = draw(st.sampled_from([np.float64, np.float32]))
-    vocab_size = 27 if "vocab_size" in kinds else draw(st.integers(2, 4))  # 27: the human reads letters
-    width, prompt_length, length = draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(st.integers(1, 5))
-    group_size = draw(st.integers(2, 3)) if "group_size" in kinds else 2 if "mask_of_pairs" in kinds else 1
-    extreme = draw(st.sampled_from([0, 0, 30]))
-    moderate = st.sampled_from(NUMBERS)
-    numbers = st.sampled_from(NUMBERS + extreme * [1000, -1000])
-    logprobs = st.sampled_from(LOGPROBS + extreme * [-30])
-    tokens = st.integers(0, vocab_size - 2)
-
-    # a column for each argument of (B, T), drawn row by row so that hypothesis can take out a row
-    columns = {"numbers": numbers, "moderate": moderate, "scores": numbers, "weights": numbers}
-    columns |= {"logprobs": logprobs, "prompts": tokens, "responses": tokens}
-    table, ends = [], []
-    for _ in range(group_size * draw(st.integers(1, 3))):
-        ends.append([draw(st.integers(0, length))])  # where the end token stands, if it comes at all
-        table.append([[draw(columns[kind]) for kind in kinds if kind in columns] for _ in range(length)])
-    column = iter(np.moveaxis(np.array(table), 2, 0))
-    positions = np.arange(length)
-    mask = (positions <= ends).astype(dtype)
-
-    def model(**shapes):
-        weights = {"head": st.sampled_from(NUMBERS + extreme * [50, -50])}  # elsewhere they only saturate tanh
-        return {
-            name: np.array([draw(weights.get(name, moderate)) for _ in range(math.prod(shape))], dtype).reshape(shape)
-            for name, shape in {"embed": (vocab_size, width), "mix": (width, width), **shapes}.items()
-        }
-
-    make = {
-        "numbers": lambda: next(column).astype(dtype),
-        "moderate": lambda: next(column).astype(dtype),
-        "logprobs": lambda: next(column).astype(dtype),
-        "scores": lambda: next(column)[:, 0].astype(dtype),
-        "weights": lambda: {"w": next(column).astype(dtype)},
-        "prompts": lambda: next(column)[:, :prompt_length].astype(int),
-        "responses": lambda: np.where(positions == ends, vocab_size - 1, next(column)).astype(int),
-        "mask": lambda: mask,
-        "mask_of_pairs": lambda: mask,
-        "actor": lambda: model(head=(width, vocab_size)),
-        "critic": lambda: model(head=(width, 1)),
-        "reward_model": lambda: model(head=(width, 1), bias=(1,)),
-        "group_size": lambda: group_size,
-        "vocab_size": lambda: vocab_size,
-    }
-    return [make[kind]() if kind in make else draw(st.sampled_from(CHOICES[kind])) for kind in kinds]
+def logprobs(logits, labels):
+    """Log probabilities of labels (B, T), each under its own logits (B, T, V)."""
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    log_softmax = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return np.take_along_axis(log_softmax, labels[..., None], axis=-1)[..., 0]
 
 
-# ------------------------------------------------------------------ known differences of convention
-# Ours with one convention changed; None where an epsilon would show.
-
-LITTLE = 0.3  # a deviation beside which every usual epsilon is small
-
-
-def whiten(x, mask, ddof):
-    centered = np.where(mask, x - x[mask > 0].mean(), 0)
-    variance = (centered**2).sum() / max(1, np.count_nonzero(mask) - ddof)
-    return centered / np.sqrt(variance + 1e-8) if variance > LITTLE**2 else None
-
-
-def whitened_gae(rewards, values, mask, gamma, lam, ddof):
-    advantages, returns = loop.gae(rewards, values, mask, gamma, lam)
-    whitened = whiten(advantages, mask, ddof)
-    return None if whitened is None else (whitened, returns)
-
-
-def grpo(rewards, mask, group_size, method, ddof):
-    if method != "grpo":
-        return loop.group_advantages(rewards, mask, group_size, method)
-    totals = np.where(mask, rewards, 0).sum(axis=1).reshape(-1, group_size)
-    centered, deviation = totals - totals.mean(axis=1, keepdims=True), totals.std(axis=1, keepdims=True, ddof=ddof)
-    advantages = (centered / (deviation + 1e-6)).reshape(-1, 1)
-    return np.where(mask, advantages, 0) if deviation.min() > LITTLE else None
-
-
-def score_after_end(scores, kl, mask, beta, padding):
-    rewards = -beta * np.where(mask, kl, padding * kl)
-    rewards[np.arange(len(mask)), np.minimum(np.count_nonzero(mask, axis=1), mask.shape[1] - 1)] += scores
-    return rewards
-
-
-def capped_kl(logprobs, ref_logprobs, estimator, capped):
-    kl = loop.kl_penalty(logprobs, ref_logprobs, estimator)
-    return kl.clip(-10, 10) if estimator in capped else kl
-
-
-def clamped(new_logprobs, old_logprobs, advantages, mask, clip, highest=math.inf):
-    log_ratio = new_logprobs - old_logprobs
-    clamped = log_ratio.clip(-20, 20)
-    # a loss of at most highest * -A where A < 0 is a log ratio of at most log(highest) there
-    used = np.where(advantages < 0, clamped.clip(None, math.log(highest)), clamped)
-    loss, d_loss, _ = loop.ppo_loss(used, np.zeros_like(used), advantages, mask, clip)
-    return loss, np.where(used == log_ratio, d_loss, 0), np.where(mask, np.exp(clamped), 0)
-
-
-AFTER_END = "the score on the position after the last token where there is one, as in TRL"
-CLAMPED = "a log ratio clamped to +-20, as in OpenRLHF and verl"
-SMALL = f"deviations below {LITTLE}, where epsilons and rounding show"
-BY_N = f"a variance divided by n, as in OpenRLHF and np.std, and {SMALL}"
-WHITENED = "advantages already whitened, as in verl"
-KNOWN = {
-    "kl_penalty": {
-        "k3 clamped to +-10, as in verl": partial(capped_kl, capped=["k3"]),
-        "estimates clamped to +-10, as in OpenRLHF": partial(capped_kl, capped=["k1", "k2", "k3"]),
-    },
-    "shape_rewards": {
-        AFTER_END: partial(score_after_end, padding=0),
-        f"{AFTER_END}, and KL at padding": partial(score_after_end, padding=1),
-        "scores clipped to +-10, as in OpenRLHF": lambda x, *others: loop.shape_rewards(x.clip(-10, 10), *others),
-    },
-    "gae": {
-        f"{WHITENED}, and {SMALL}": partial(whitened_gae, ddof=1),
-        f"{WHITENED}, with {BY_N}": partial(whitened_gae, ddof=0),
-    },
-    "group_advantages": {SMALL: partial(grpo, ddof=1), BY_N: partial(grpo, ddof=0)},
-    "whiten": {SMALL: partial(whiten, ddof=1), BY_N: partial(whiten, ddof=0)},
-    "ppo_loss": {CLAMPED: clamped, f"{CLAMPED}, and to log 3 where A < 0": partial(clamped, highest=3)},
-    "value_loss": {
-        "the factor 0.5, as in TRL, OpenRLHF and verl": lambda *x: tuple(y / 2 for y in loop.value_loss(*x)),
-    },
-}
-KNOWN_TOLERANCE = 1e-3  # they come with other epsilons
-
-# ------------------------------------------------------------------ one call
-
-
-class Differ(Exception):
-    """What differs first, in words; our results; yours."""
+def clipped_value_loss(values, old_values, returns, mask, clip):
+    """The mean of the larger of two squared errors: the value's, and that of it clipped."""
+    clipped = values.clip(old_values - clip, old_values + clip)
+    error, clipped_error = (np.where(mask, x - returns, 0) for x in (values, clipped))
+    n = np.count_nonzero(mask)
+    loss = np.maximum(error**2, clipped_error**2).sum() / n
+    return loss, np.where(error**2 >= clipped_error**2, 2 * error, 0) / n
 
 
 def two_updates(adam_step):
-    """adam_step returns nothing and changes its arguments: what two calls make of params."""
+    """adam_step changes its arguments and returns nothing: what two calls make of an array."""
 
     def updated(params, gradients, next_gradients, learning_rate):
-        state = {}
-        adam_step(params, gradients, state, learning_rate)
-        adam_step(params, next_gradients, state, learning_rate)
-        return params
+        weights, state = {"w": params + 0}, {}
+        adam_step(weights, {"w": gradients}, state, learning_rate)
+        adam_step(weights, {"w": next_gradients}, state, learning_rate)
+        return weights["w"]
 
     return updated
 
 
-def copied(x, copy=np.copy):
-    """An argument, its arrays copied."""
-    if isinstance(x, dict):
-        return {key: copied(part, copy) for key, part in x.items()}
-    return copy(x) if isinstance(x, np.ndarray) else x
+# What is compared: the kinds of our function's arguments (made in random_case), the names of its
+# results. "small" is "numbers" without the extreme ones, which cancel in gradients.
+COMPARED = {
+    "score_responses": ("reward_model prompts responses mask", "scores"),
+    "token_logprobs": ("actor prompts responses", "logprobs"),
+    "logprobs": ("logits labels", "logprobs"),
+    "kl_penalty": ("logprobs logprobs estimator", "kl"),
+    "shape_rewards": ("scores logprobs mask beta", "rewards"),
+    "critic_values": ("critic prompts responses", "values"),
+    "gae": ("numbers numbers mask discount discount", "advantages returns"),
+    "rloo_advantages": ("numbers mask group_size", "advantages"),
+    "grpo_advantages": ("numbers mask group_size", "advantages"),
+    "whiten": ("numbers mask", "whitened"),
+    "ppo_loss": ("logprobs logprobs numbers mask clip", "loss d_new_logprobs ratio"),
+    "value_loss": ("numbers numbers mask", "loss d_values"),
+    "clipped_value_loss": ("numbers numbers numbers mask clip", "loss d_values"),
+    "actor_gradients": ("actor prompts responses small small mask clip", "gradients loss ratio"),
+    "critic_gradients": ("critic prompts responses small mask", "gradients loss"),
+    "adam_step": ("numbers numbers numbers learning_rate", "params"),
+    "human_scores": ("prompts responses mask vocab_size", "scores"),
+    "preference_loss": ("scores scores", "loss d_chosen d_rejected"),
+    "reward_gradients": ("critic prompts responses pair_mask", "gradients loss"),
+}
+# What is no difference, as a share of the largest number in play: rounding, and an epsilon of 1e-8
+TOLERANCE = {"float64": 1e-7, "float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
+LOOSE = 1e-3  # where a convention brings another epsilon
+
+FLOATS_BY_TOKEN = "numbers small logprobs".split()
+BY_TOKEN = [*FLOATS_BY_TOKEN, *"mask pair_mask responses logits labels".split()]
+BY_ROW = [*BY_TOKEN, "prompts", "scores"]
+SIMPLE = [0, 1, -1, 2, -2, 0.5]  # the simplest first
+ODD = [n / 1000 for n in range(-2999, 3000, 97)]
+EIGHTHS = [n / 8 for n in range(-24, 25)]  # half precision holds these exactly
+FAR = {"numbers": [1000, -1000], "scores": [1000, -1000], "logprobs": [-30], "head": [50, -50]}
+CHOICES = {
+    "estimator": ["k1", "k2", "k3"],
+    "beta": [1.0, 0.0, 0.1],
+    "discount": [1.0, 0.0, 0.9, 0.5, 0.97],
+    "clip": [0.2, 0.1, 0.3, 0.4],
+    "learning_rate": [1.0, 0.1],
+}
 
 
-def for_yours(array):
-    """What your function gets in place of an array."""
-    return sys.modules["torch"].tensor(array) if "torch" in sys.modules else array.copy()
+class Way(NamedTuple):
+    """How yours wants its arguments."""
+
+    dtypes: tuple = ("float64", "float32")
+    mask: str | None = None  # a dtype of its own
+    rows: bool = False  # lists of rows in place of arrays
+    exact: bool = False  # only numbers that half precision holds
 
 
-def by_name(names, values):
-    """Values as {name: array of floats}, the parts of a dict as 'gradients["mix"]'; None and text left out."""
-    arrays = {}
-    for name, x in zip(names, values):
+@dataclass(frozen=True)
+class Case:
+    """The arguments of one call, in float64 (yours gets them in dtype), and their kinds."""
+
+    arguments: dict
+    kinds: dict
+    dtype: str
+
+    @cached_property
+    def real(self):
+        """Where real tokens are, (B, T) bool; None where the function has no mask."""
+        return self.arguments["mask"] > 0 if "mask" in self.arguments else None
+
+    def arrays(self):
+        """(argument, key in it or None, array)."""
+        for name, x in self.arguments.items():
+            if isinstance(x, dict):
+                yield from ((name, key, part) for key, part in x.items())
+            elif isinstance(x, np.ndarray):
+                yield name, None, x
+
+    @cached_property
+    def largest(self):
+        """The largest number, at least 1; what stands at padding does not count."""
+        return max(1, *(finite_maximum(x) for _, _, x in self.at_padding(0).arrays()))
+
+    def but(self, **arguments):
+        """The case with other arguments."""
+        return replace(self, arguments=self.arguments | arguments)
+
+    def at_padding(self, junk):
+        """The case with junk, a number or an array, at padding."""
+        if self.real is None:
+            return self
+        concerned = [name for name, kind in self.kinds.items() if kind in FLOATS_BY_TOKEN]
+        return self.but(**{x: np.where(self.real, self.arguments[x], junk) for x in concerned})
+
+    def size(self, axis, kinds):
+        """The length of an axis of the arguments of some kinds."""
+        sizes = (x.shape[axis] for name, x in self.arguments.items() if self.kinds[name] in kinds)
+        return next(sizes, 0)
+
+    def cut(self, axis, kinds, places):
+        """The case without places of an axis of the arguments of some kinds."""
+        concerned = {name: x for name, x in self.arguments.items() if self.kinds[name] in kinds}
+        return self.but(**{name: np.delete(x, places, axis) for name, x in concerned.items()})
+
+    def simpler(self):
+        """Cases that are one step smaller or simpler, the largest steps first."""
+        if self.dtype == "float32":
+            yield replace(self, dtype="float64")
+        rows, group = self.size(0, BY_ROW), self.arguments.get("group_size", 1)
+        units = [range(first, first + group) for first in range(0, rows, group)]
+        if "pair_mask" in self.kinds.values():
+            units = [[row, row + rows // 2] for row in range(rows // 2)]
+        yield from (self.cut(0, BY_ROW, unit) for unit in units if len(units) > 1)
+        for member in range(group if group > 2 else 0):
+            smaller = self.cut(0, BY_ROW, range(member, rows, group))
+            yield smaller.but(group_size=group - 1)
+        for kinds in (BY_TOKEN, ["prompts"]):
+            length = self.size(1, kinds)
+            yield from (self.cut(1, kinds, place) for place in range(length) if length > 1)
+        yield from self.simpler_numbers()
+
+    def simpler_numbers(self):
+        for name, kind in self.kinds.items():
+            options = CHOICES.get(kind, [])
+            yield from (self.but(**{name: x}) for x in before(self.arguments[name], options))
+        for name, key, array in self.arrays():
+            for x in simpler_arrays(array, self.kinds[name]):
+                yield self.but(**{name: x if key is None else self.arguments[name] | {key: x}})
+
+    @property
+    def complexity(self):
+        """What the smallest input has least of: numbers, padding, numbers that are not 0."""
+        arrays = [x for name, _, x in self.arrays() if name != "mask"]
+        padding = 0 if self.real is None else np.count_nonzero(~self.real)
+        numbers = sum(x.size for x in arrays)
+        return self.size(0, BY_ROW), numbers, padding, sum(map(np.count_nonzero, arrays))
+
+    @property
+    def valid(self):
+        """Whether real tokens are finite, and no padding stands before them."""
+        finite = all(np.isfinite(x).all() for _, _, x in self.at_padding(0).arrays())
+        return finite and (self.real is None or self.real[:, 0].all())
+
+    def facts(self):
+        """What all cases that differ may have in common, by what to say then."""
+        padded = self.real is not None and not self.real.all()
+        without_junk = zip(self.arrays(), self.at_padding(0).arrays())
+        junk = any((x != y).any() for (_, _, x), (_, _, y) in without_junk)
+        facts = {
+            "with 0 at padding they agree: yours reads what stands there": junk,
+            "without padding they agree: yours counts it in": padded,
+            "with up to five tokens they agree": self.size(1, BY_TOKEN) > 5,
+            "in float64 they agree": self.dtype != "float64",
+            "with numbers below 30 they agree": self.largest >= 30,
+        }
+        for name, kind in self.kinds.items():
+            value, options = self.arguments[name], CHOICES.get(kind, [])
+            facts |= {f"unless {name} is {x} they agree": value == x for x in options}
+            facts |= {f"where {name} is {x} they agree": value != x for x in options[:1]}
+        return facts
+
+
+def finite_maximum(x):
+    return np.abs(x[np.isfinite(x)]).max(initial=0)
+
+
+def before(value, options):
+    return itertools.takewhile(lambda option: option != value, options)
+
+
+def simpler_arrays(array, kind):
+    """The array with one number simpler, or first of all with only 0s."""
+    if array.any() and not kind.endswith("mask"):
+        yield np.zeros_like(array)
+    for place in np.ndindex(array.shape):
+        value = array[place]
+        pool = [-abs(x) for x in SIMPLE] if kind == "logprobs" else SIMPLE
+        pool = [1] if kind.endswith("mask") else range(value) if array.dtype.kind == "i" else pool
+        others = [np.nan] if np.isinf(value) else [np.round(value)] * bool(np.isfinite(value))
+        for number in before(value, [*pool, *others]):
+            simpler = array.copy()
+            simpler[place] = number
+            yield simpler
+
+
+def random_case(rng, kinds, way):
+    """Few rows, few tokens; extreme numbers in one case of three, long rows in one of ten."""
+    length = int(rng.integers(6, 13) if rng.random() < 0.1 else rng.integers(1, 6))
+    group_size = int(rng.integers(2, 4)) if "group_size" in kinds else 1
+    rows = group_size * int(rng.integers(1, 4)) * (2 if "pair_mask" in kinds.values() else 1)
+    vocab_size = 27 if "vocab_size" in kinds else int(rng.integers(2, 5))  # 27: letters
+    width, prompt_length = rng.integers(1, 3, 2)
+    ends = rng.integers(0 if rng.random() < 0.7 else length, length + 1, (rows, 1))
+    mask = (np.arange(length) <= ends).astype(float)
+    junk = 0 if rng.random() < 0.5 and "mask" in kinds else 1
+    extreme = rng.random() < 1 / 3 and not way.exact
+    level = rng.random() < 0.1  # a group without spread is nothing rare
+
+    def numbers(kind, *shape):
+        pool = SIMPLE * 4 + (EIGHTHS if way.exact else ODD) + FAR.get(kind, []) * 15 * extreme
+        x = np.full(shape, rng.choice(pool)) if level else rng.choice(np.array(pool), shape)
+        return -abs(x) if kind == "logprobs" else x
+
+    def tokens(length):
+        return rng.integers(0, vocab_size - 1, (rows, length))
+
+    def model(outputs, **more):
+        shapes = {"embed": (vocab_size, width), "mix": (width, width), "head": (width, outputs)}
+        return {name: numbers(name, *shape) for name, shape in (shapes | more).items()}
+
+    make = {
+        "mask": lambda: mask,
+        "pair_mask": lambda: mask,
+        "scores": lambda: numbers("scores", rows),
+        "prompts": lambda: tokens(prompt_length),
+        "responses": lambda: np.where(np.arange(length) == ends, vocab_size - 1, tokens(length)),
+        "labels": lambda: tokens(length),
+        "logits": lambda: numbers("numbers", rows, length, vocab_size),
+        "actor": lambda: model(vocab_size),
+        "critic": lambda: model(1),
+        "reward_model": lambda: model(1, bias=(1,)),
+        "group_size": lambda: group_size,
+        "vocab_size": lambda: vocab_size,
+    }
+
+    def argument(kind):
+        if kind in CHOICES:
+            return CHOICES[kind][rng.integers(len(CHOICES[kind]))]
+        if kind in make:
+            return make[kind]()
+        return numbers(kind, rows, length) * np.where(mask, 1, junk) + 0.0
+
+    arguments = {name: argument(kind) for name, kind in kinds.items()}
+    return Case(arguments, kinds, way.dtypes[rng.integers(len(way.dtypes))])
+
+
+class Answer(NamedTuple):
+    """What yours returned, by name and in float64, or why it did not."""
+
+    found: dict
+    dtype: str = "float64"  # the coarsest in play
+    problem: str = ""  # REFUSED for NotImplementedError
+
+
+REFUSED = "yours raises NotImplementedError"
+
+
+def hand_over(case, way):
+    """What yours gets in place of our arguments, by name: always copies."""
+    torch = sys.modules.get("torch")
+
+    def convert(x, kind):
         if isinstance(x, dict):
-            arrays |= by_name([f'{name}["{key}"]' for key in x], x.values())
+            return {key: convert(part, kind) for key, part in x.items()}
+        if not isinstance(x, np.ndarray):
+            return x
+        dtype = "int64" if x.dtype.kind == "i" else case.dtype
+        dtype = way.mask if way.mask and kind.endswith("mask") else dtype
+        return torch.tensor(x).to(getattr(torch, dtype)) if torch else x.astype(dtype)
+
+    return {name: convert(x, case.kinds[name]) for name, x in case.arguments.items()}
+
+
+def flat(results):
+    """{name: result}, the parts of a dict as 'gradients["mix"]'; without None and text."""
+    found = {}
+    for name, x in results.items():
+        if isinstance(x, dict):
+            found |= flat({f'{name}["{key}"]': part for key, part in x.items()})
         elif x is not None and not isinstance(x, str):
-            x = x.detach().cpu().numpy() if hasattr(x, "detach") else np.asarray(x)
-            arrays[name] = x if x.dtype.kind == "f" else x.astype(float)
-    return arrays
+            found[name] = x
+    return found
 
 
-def compare(name, ours, yours, arguments, tolerance=0, padding=True):
-    """Call both. Returns (precision, error, results not compared), error as a share of the largest number in play.
+def as_array(x):
+    """A result in float64: a number, an array, a tensor, or a list of rows, ragged or not."""
+    if isinstance(x, list | tuple):
+        rows = [as_array(row) for row in x]
+        longest = max((row.size for row in rows if row.ndim == 1), default=0)
+        return np.array([np.pad(x, (0, longest - len(x))) if x.ndim == 1 else x for x in rows])
+    if hasattr(x, "detach"):
+        x = x.detach().cpu().double().numpy()  # NumPy has no bfloat16
+    return np.asarray(x).astype(float)
 
-    None where ours cannot tell. Raises Differ. Without padding, yours may hold anything there where ours is 0.
-    """
-    kinds, results = (words.split() for words in COMPARED[name])
-    answer = ours(*[copied(x) for x in arguments])
-    if answer is None:
-        return None
-    expected, found = by_name(results, answer if isinstance(answer, tuple) else [answer]), {}
-    try:
-        answer = yours(*[copied(x, for_yours) for x in arguments])
-        found = by_name(results, answer if isinstance(answer, tuple) else [answer])
-    except Exception as problem:
-        raise Differ(f"yours raises {last_line(problem)}", expected, found) from None
-    compared = [part for part in expected if part in found]
-    if not compared:
-        raise Differ(f"yours returns none of {', '.join(expected)}", expected, found)
-    numbers = [*by_name(map(str, range(len(kinds))), arguments).values(), *expected.values()]
-    largest = max(1, *(np.abs(x[np.isfinite(x)]).max(initial=0) for x in numbers))
-    precision = "float32" if np.float32 in [x.dtype for x in [*numbers, *found.values()]] else "float64"
-    mask, errors = arguments[kinds.index("mask")] if "mask" in kinds else None, []
-    for part in compared:
-        a, b = expected[part], found[part]
-        if a.shape != b.shape:
-            raise Differ(f"{part}: the shape of ours is {a.shape}, of yours {b.shape}", expected, found)
-        same = (a == b) | (np.isnan(a) & np.isnan(b))
-        if not padding and a.shape == np.shape(mask):
-            same |= (mask == 0) & (a == 0)
-        error = np.where(same, 0, np.nan_to_num(np.abs(a - b), nan=math.inf)) / largest
-        for place in np.argwhere(error > max(TOLERANCE[precision], tolerance))[:1]:
-            axes = ("row", "column" if "[" in part else "token")
-            where = "".join(f", {axis} {i}" for axis, i in zip(axes, place))
-            a, b = a[tuple(place)], b[tuple(place)]
-            raise Differ(f"first in {part}{where}: ours {a}, yours {b}", expected, found)
-        errors.append(error.max())
-    return precision, max(errors), [part for part in expected if part not in found]
+
+def same(a, b):
+    """Whether the arrays of two dicts are equal."""
+    a, b = flat(a), flat(b)
+    return a.keys() == b.keys() and all(
+        np.array_equal(as_array(a[name]), as_array(b[name]), equal_nan=True) for name in a
+    )
+
+
+def gradient(loss, leaf, given):
+    """d loss / d leaf; 0 where the loss has no gradient or does not depend on it."""
+    if given.grad is not None:  # yours called backward()
+        return given.grad
+    if not getattr(loss, "requires_grad", False):
+        return 0 * leaf.detach()
+    differentiate = sys.modules["torch"].autograd.grad
+    return differentiate(loss, leaf, retain_graph=True, materialize_grads=True)[0]
 
 
 def last_line(problem):
     return traceback.format_exception_only(problem)[-1].strip()
 
 
-# ------------------------------------------------------------------ several hundred calls
+class Outcome(NamedTuple):
+    """How an answer of yours compares with ours."""
+
+    kind: str = ""  # of the difference; empty where they agree
+    words: str = ""
+    part: str = ""  # the first result that differs
+    error: float = 0.0  # as a share of the largest number in play
+    padding: bool = False  # yours is not 0 there
+    told: bool = True  # False where ours cannot tell what is right
 
 
-def search(name, ours, yours, count, shrink=False, junk=True, **how):
-    """Look for a case in which they differ. Returns it, or None, and what compare returned for the others."""
-    kinds, returned = COMPARED[name][0].split(), []
+KINDS = ["numbers", "shape", "missing", "not finite", "raises"]  # the most instructive first
 
-    def differ(arguments):
+
+def compare(case, expected, answer, tolerance):
+    """Compare an answer with what ours expects, None where it cannot tell."""
+    found, real = answer.found, case.real
+    if answer.problem:
+        return Outcome("raises", answer.problem)
+    if expected is None:  # nothing varies: any finite number will do, and for one token anything
+        bad = [x for x, y in found.items() if y.shape == real.shape and np.isnan(y[real]).any()]
+        if bad and real.sum() > 1:
+            return Outcome("not finite", "yours is not finite where nothing varies", bad[0])
+        return Outcome(told=False)
+    scale = max(case.largest, *map(finite_maximum, expected.values()))
+    limit = max(TOLERANCE[answer.dtype], tolerance)
+    worst, padding, compared = 0.0, False, [part for part in expected if part in found]
+    for part in compared:
+        a, b = expected[part], found[part]
+        if a.shape != b.shape:
+            return Outcome("shape", f"{part}: ours has the shape {a.shape}, yours {b.shape}", part)
+        error = np.where((a == b) | (np.isnan(a) & np.isnan(b)), 0, np.abs(a - b) / scale)
+        error = np.where(np.isnan(error), math.inf, error)
+        if real is not None and a.shape == real.shape and not part.startswith(("d_", "grad")):
+            padding |= bool((error[~real] > limit).any())
+            error = np.where(real | (a != 0), error, 0)  # but a gradient there would be learnt
+        worst = max(worst, error.max(initial=0))
+        if worst > limit:
+            return numbers_differ(part, a, b, tuple(np.argwhere(error > limit)[0]), worst)
+    if not compared:
+        return Outcome("missing", f"yours returns none of {', '.join(expected)}")
+    return Outcome(error=worst, padding=padding)
+
+
+def numbers_differ(part, a, b, place, error):
+    axes = ("row", "column" if "[" in part else "token")
+    where = "".join(f", {axis} {i}" for axis, i in zip(axes, place))
+    words = f"first in {part}{where}: ours {a[place] + 0.0:.9g}, yours {b[place] + 0.0:.9g}"
+    if part.startswith("d_") and not b.any():
+        words = f"the gradient of your loss with respect to {part[2:]} is 0, ours is not"
+    return Outcome("numbers" if np.isfinite(b[place]) else "not finite", words, part, error)
+
+
+def agree(outcomes):
+    """Whether nothing differs, and ours could tell in one case of ten at least."""
+    told = sum(outcome.told for outcome in outcomes)
+    return told >= len(outcomes) / 10 and not any(outcome.kind for outcome in outcomes)
+
+
+# ------------------------------------------------------------------ one of ours, one of yours
+
+
+class Comparison:
+    """One of our functions beside one of yours."""
+
+    def __init__(self, name, yours):
+        ours = globals()[name] if name in globals() else getattr(loop, name)
+        kinds, results = (words.split() for words in COMPARED[name])
+        wrap = two_updates if name == "adam_step" else lambda function: function
+        self.name, self.results = name, results
+        self.ours, self.yours = wrap(ours), wrap(yours)
+        self.kinds = dict(zip(inspect.signature(self.ours).parameters, kinds))
+        self.way, self.agrees = Way(), None  # None: nothing could be compared
+        self.notes, self.examples, self.overwritten = [], [], set()
+
+    def cases(self, count):
+        rng = np.random.default_rng(0)
+        return [random_case(rng, self.kinds, self.way) for _ in range(count)]
+
+    def by_name(self, answer):
+        """Results by name: they come in our order, or in a dict with our names."""
+        if isinstance(answer, dict) and set(self.results) & set(answer):
+            return {name: answer.get(name) for name in self.results}
+        return dict(zip(self.results, answer if isinstance(answer, tuple) else [answer]))
+
+    def call(self, given):
+        """Call yours. Returns its results by name, with the gradients that it left to autograd."""
+        leaves = {name: x for name, x in given.items() if f"d_{name}" in self.results}
+        leaves = {name: x.requires_grad_() for name, x in leaves.items() if hasattr(x, "grad")}
+        for name, leaf in leaves.items():
+            given[name] = leaf.clone()  # yours may overwrite it, which a leaf does not allow
+            given[name].retain_grad()
+        rows = [name for name in given if self.way.rows and self.kinds[name] in BY_TOKEN]
+        arguments = [list(x) if name in rows else x for name, x in given.items()]
+        results = self.by_name(self.yours(*arguments))
+        for name, leaf in leaves.items():
+            if results.get(f"d_{name}") is None:
+                results[f"d_{name}"] = gradient(results.get("loss"), leaf, given[name])
+        return flat(results)
+
+    def ask(self, case):
+        """The answer of yours to a case."""
+        given, before = hand_over(case, self.way), hand_over(case, self.way)
         try:
-            returned.append(compare(name, ours, yours, arguments if junk else without_junk(kinds, arguments), **how))
-        except Differ:
-            return True
-        return False
+            results = self.call(given)
+            found = {name: as_array(x) for name, x in results.items()}
+        except NotImplementedError:
+            return Answer({}, problem=REFUSED)
+        except (Exception, SystemExit) as problem:
+            return Answer({}, problem=f"yours raises {last_line(problem)}")
+        advantages = found.get("advantages", np.zeros(0))
+        if "group_size" in self.kinds and advantages.size == len(case.real):  # one a response
+            found["advantages"] = advantages.reshape(-1, 1) * case.real
+        firsts = [x[0] if isinstance(x, list) and x else x for x in results.values()]
+        dtypes = [str(getattr(x, "dtype", "")).removeprefix("torch.") for x in firsts]
+        dtypes = [case.dtype, *(dtype for dtype in dtypes if dtype in TOLERANCE)]
+        self.overwritten |= {x for x in given if not same({"": given[x]}, {"": before[x]})}
+        return Answer(found, max(dtypes, key=list(TOLERANCE).index))
 
-    phases = [Phase.generate, Phase.shrink] if shrink else [Phase.generate]
-    rules = settings(max_examples=count, derandomize=True, database=None, phases=phases, deadline=None)
-    try:
-        case = find(cases(kinds), differ, settings=rules)
-    except NoSuchExample:
-        case = None
-    return case, [each for each in returned if each]
+    def find_way(self):
+        """Find the first way that yours takes, and note what it refuses of the ways before."""
+        dtypes = [Way().dtypes, ("float32",), ("float64",), ("float16",)]
+        dtypes += [("bfloat16",)] * ("torch" in sys.modules)
+        reason = ""
+        for self.way in itertools.starmap(
+            Way, itertools.product(dtypes, [None, "bool", "int64"], [0, 1])
+        ):
+            answers = [self.ask(case) for case in self.cases(8)]
+            problems = [x.problem for x in answers if x.problem not in ("", REFUSED)]
+            if not problems:
+                break
+            reason = reason or problems[0].removeprefix("yours raises ")
+        self.way = Way() if problems else self.way
+        refused = [dtype for dtype in Way().dtypes if dtype not in self.way.dtypes]
+        refused += [f"a mask of floats (it takes {self.way.mask})"] * bool(self.way.mask)
+        refused += ["arrays (it takes lists of rows)"] * self.way.rows
+        self.notes += [f"yours refuses {' and '.join(refused)}: {reason}"] * bool(refused)
+        self.way = self.way._replace(exact=any("float16" in answer.dtype for answer in answers))
+
+    def expect(self, conventions, case):
+        """What ours returns with these conventions, the first innermost; None if it cannot tell."""
+
+        def ours(given):
+            results = flat(self.by_name(self.ours(*given.values())))
+            return {name: np.asarray(x) for name, x in results.items()}
+
+        for one in conventions:
+            ours = partial(one.change, ours)
+        return ours(case.arguments)
+
+    def compare_all(self, conventions, pairs):
+        """The outcome for each pair of a case and its answer."""
+        loose = LOOSE * any(one.loose for one in conventions)
+        return [compare(x, self.expect(conventions, x), answer, loose) for x, answer in pairs]
+
+    def clips(self):
+        """The clips that yours shows when asked for numbers far beyond any limit."""
+        for words, arguments_at, change, usual in CLIPS.get(self.name, []):
+            low, high = (self.first_number(arguments_at(x)) for x in (-1000, 1000))
+            low = -low if low == high else low  # k3 is positive on both sides
+            if low > -1000 or high < 1000:
+                limits = f"+-{high:g}" if low == -high else f"[{low:g}, {high:g}]"
+                who = f", as in {usual}" if usual and limits == "+-10" else ""
+                change = partial(change, limits=(low, high))
+                yield Convention(f"{words} clipped to {limits}{who}", change)
+
+    def first_number(self, arguments):
+        """The first of yours for one row of one token; for a loss its log ratio."""
+        arguments = [np.array(x, float) if isinstance(x, list) else x for x in arguments]
+        case = Case(dict(zip(self.kinds, arguments)), self.kinds, self.way.dtypes[0])
+        number = np.append(self.ask(case).found.get(self.results[0], []), np.nan)[0]
+        return np.round(np.log(abs(number)) if self.name == "ppo_loss" else number, 4)
+
+    def constant_factor(self, conventions, pairs):
+        """The factor by which most losses differ, as a convention in a list, or an empty list."""
+        factors = [1.0]
+        for case, answer in pairs:
+            loss, expected = answer.found.get("loss"), self.expect(conventions, case)["loss"]
+            if np.shape(loss) == () and loss and abs(expected) > 1e-3:
+                factors.append(float(loss / expected))
+        words, count = Counter(f"{factor:.4g}" for factor in factors).most_common(1)[0]
+        if words == "1" or not 0 < float(words) < math.inf or count < len(factors) / 10:
+            return []
+        factor = np.median([factor for factor in factors if f"{factor:.4g}" == words])
+        usual = words == "0.5" and self.name.endswith("value_loss")
+        words = f"the factor {words}" + ", as in TRL, OpenRLHF and verl" * usual
+        return [Convention(words, partial(scaled, factor=factor))]
+
+    def combinations(self, pairs):
+        """No convention, one, or two, the first inside the second."""
+        fixed = KNOWN.get(self.name, [])
+        known = [Convention(words, partial(x, **how), "ddof" in how) for words, x, how in fixed]
+        known += self.clips()
+        options = [(), *((one,) for one in known), *itertools.combinations(known, 2)]
+        if "loss" in self.results:
+            for few in options[: len(known) + 1]:
+                options += [(*few, one) for one in self.constant_factor(few, pairs)]
+        return sorted(options, key=len)
+
+    def nearest(self, pairs):
+        """The conventions that agree on most cases; each has to earn its place."""
+        few, costs = pairs[:80], {}
+        for conventions in self.combinations(few):
+            outcomes = self.compare_all(conventions, few)
+            if agree(outcomes) and agree(outcomes := self.compare_all(conventions, pairs)):
+                return conventions, outcomes
+            price = sum(-0.1 if one.words == SMALL else len(few) / 20 for one in conventions)
+            costs[conventions] = sum(bool(outcome.kind) for outcome in outcomes) + price
+        best = min(costs, key=costs.get)
+        return best, self.compare_all(best, pairs)
+
+    def named_mistake(self, conventions, pairs):
+        """What explains all differences, in words, and the conventions that are beside it."""
+        names = {*self.kinds, *self.results}
+        known = [Convention(words, change) for needs, words, change in MISTAKES if needs <= names]
+        for order in list(itertools.permutations(self.results))[1:] * ("gradients" not in names):
+            words = f"they agree if you return {', '.join(order)}: swapped?"
+            known.append(Convention(words, partial(reordered, order=order)))
+        for mistake, some in itertools.product(known, ((), conventions)):
+            if agree(self.compare_all((*some, mistake), pairs)):
+                return [mistake.words], some
+        return [], conventions
+
+    def add_example(self, title, conventions, pairs, outcomes, remarks):
+        """Keep the smallest input on which they differ."""
+
+        def kind_of(case):
+            try:
+                return self.compare_all(conventions, [(case, self.ask(case))])[0].kind
+            except ValueError:
+                return None  # ours refuses it
+
+        def shrink(case, kind):
+            for smaller in case.simpler():
+                if smaller.valid and smaller.dtype in self.way.dtypes and kind_of(smaller) == kind:
+                    return shrink(smaller, kind)
+            return case
+
+        differing = [(case, x.kind) for (case, _), x in zip(pairs, outcomes) if x.kind]
+        differing.sort(key=lambda x: (KINDS.index(x[1]), x[0].largest > 10, x[0].complexity))
+        kind = differing[0][1]
+        found = [shrink(case, kind) for case, other in differing[:3] if other == kind]
+        case = min(found, key=lambda case: case.complexity)
+        (outcome,) = self.compare_all(conventions, [(case, self.ask(case))])
+        title = title.format(outcome.part or "answer")
+        self.examples.append((title, case, conventions, [outcome.words, *remarks]))
+
+    def judge(self, count):
+        """Compare on so many inputs. Returns the verdict; sets agrees, notes and examples."""
+        self.find_way()
+        asked = [(case, self.ask(case)) for case in self.cases(count)]
+        pairs = [pair for pair in asked if pair[1].problem != REFUSED]
+        if not pairs:
+            return f"not compared: {REFUSED}"
+        self.agrees = False
+        if any(not same(self.ask(case).found, answer.found) for case, answer in pairs[29::-1]):
+            return "DIFFERS from one call to the next, on the same input"
+        conventions, outcomes = self.nearest(pairs)
+        self.agrees = agree(outcomes)
+        self.add_notes(pairs, outcomes)
+        if self.agrees:
+            self.ask_more(conventions, [case for case, _ in pairs])
+            words = "; and ".join(one.words for one in conventions)
+            return "agrees" + f", but for: {words}" * bool(words) + f" ({reach(pairs, outcomes)})"
+        mistake, conventions = self.named_mistake(conventions, pairs)
+        outcomes = self.compare_all(conventions, pairs)
+        apart = "; and ".join(one.words for one in conventions if one.words != SMALL)
+        title = f"apart from {apart}, they still differ here" if apart else "they differ here"
+        self.add_example(title, conventions, pairs, outcomes, mistake or peculiar(pairs, outcomes))
+        return "DIFFERS"
+
+    def ask_more(self, conventions, cases):
+        """Ask of a function that agrees what counts with --strict only."""
+        rng = np.random.default_rng(0)
+        padded = [x for x in cases if x.real is not None and not x.real.all()][:100]
+        junk, holed = [], []
+        for case in padded:
+            junk.append(case.at_padding(rng.choice([np.nan, np.inf, -np.inf], case.real.shape)))
+            mask = (rng.random(case.real.shape) < 0.6) | (np.arange(case.real.shape[1]) == 0)
+            holed.append(case.but(mask=mask.astype(float)))
+        for title, changed in (
+            ("NaN or infinity at padding reaches your {}", junk),
+            ("where the mask has a hole, they differ in {}", holed),
+        ):
+            pairs = [(case, self.ask(case)) for case in changed]
+            outcomes = self.compare_all(conventions, pairs)
+            if any(outcome.kind for outcome in outcomes):
+                self.add_example(title, conventions, pairs, outcomes, [])
+                self.notes.append(self.examples[-1][0])
+
+    def add_notes(self, pairs, outcomes):
+        """Note what is not there in yours, not compared, overwritten, or left at padding."""
+        for name, kind in self.kinds.items():
+            there = [case.arguments[name] for case, _ in pairs]
+            missing = [str(x) for x in CHOICES.get(kind, []) if x not in there]
+            self.notes += [f"{name} {', '.join(missing)}: not there in yours"] * bool(missing)
+        found = " ".join(pairs[0][1].found)
+        missing = [part for part in self.results if part not in found]
+        self.notes += [f"not compared: {', '.join(missing)}"] * bool(missing and found)
+        names = ", ".join(sorted(self.overwritten))
+        self.notes += [f"yours overwrites its argument {names}"] * bool(names)
+        self.notes += ["at padding yours is not 0"] * any(x.padding for x in outcomes)
+
+    def show(self, title, case, conventions, remarks):
+        """Print a smallest input, what both make of it side by side, and the remarks."""
+        say(f"{self.name}: {title}:", 0, 2)
+        for name, x in case.arguments.items():
+            dtype = self.way.mask if self.way.mask and name == "mask" else case.dtype
+            say(f"{name} = {literal(x, dtype)}", 4, 8)
+        both = self.expect(conventions, case) or self.expect((), case), self.ask(case).found
+        parts = [part for part in both[0] if part in both[1]]
+        label = max(map(len, parts), default=0) + 2
+        changed = any(one.words != SMALL for one in conventions)
+        rows = [("", ["ours, with that" if changed else "ours"], ["yours"])] * bool(parts)
+        rows += [(part, *(lines_of(x[part], 35 - label // 2) for x in both)) for part in parts]
+        middle = max((len(line) for _, ours, _ in rows for line in ours), default=0) + 3
+        print()
+        for row in rows:
+            for name, left, right in itertools.zip_longest([row[0]], *row[1:], fillvalue=""):
+                print(f"    {name:<{label}}{left:<{middle}}{right}".rstrip())
+        print()
+        for remark in remarks:
+            say(remark, 4, 6)
 
 
-def without_junk(kinds, arguments):
-    """The arguments with 0 at padding."""
-    real = arguments[kinds.index("mask")] > 0 if "mask" in kinds else np.zeros(0)
-    return [x * real.astype(x.dtype) if np.shape(x) == real.shape else x for x in arguments]
+def peculiar(pairs, outcomes):
+    """What all cases that differ have in common and ten that agree have not, in words."""
+    told = [(case.facts(), bool(x.kind)) for (case, _), x in zip(pairs, outcomes) if x.told]
+    sentences = []
+    for sentence in told[0][0]:
+        others = [differs for facts, differs in told if not facts[sentence]]
+        sentences += [sentence] * (len(others) >= 10 and not any(others))
+    worst = max(x.error if x.kind == "numbers" else 1 for x in outcomes if x.kind)
+    small = ["all differences are below 1 %: is half precision used inside?"] * bool(worst < 0.01)
+    return sentences[:1] + small
 
 
-def agreement(name, ours, yours, count, junk=True):
-    """How they agree, in words; None where they do not."""
-    for known, changed in {"": ours, **KNOWN.get(name, {})}.items():
-        for padding in (True, False):
-            tolerance = KNOWN_TOLERANCE if known else 0
-            case, returned = search(name, changed, yours, count, junk=junk, tolerance=tolerance, padding=padding)
-            if case is None and returned:
-                return (
-                    f"agrees to {digits(returned)} ({len(returned)} cases)"
-                    + f", but for {known}" * bool(known)
-                    + "; padding is not 0" * (not padding)
-                    + f"; not compared: {', '.join(returned[0][2])}" * bool(returned[0][2])
-                )
-    return None
+def reach(pairs, outcomes):
+    """How many inputs were compared, and how closely they agree, in words."""
+    words = [f"{sum(outcome.told for outcome in outcomes)} inputs"]
+    for dtype in TOLERANCE:
+        errors = [x.error for x, (_, answer) in zip(outcomes, pairs) if answer.dtype == dtype]
+        if errors and "16" in dtype:
+            words.append(f"within {TOLERANCE[dtype]:.0%}, as {dtype} goes")
+        elif errors:
+            digits = math.floor(-math.log10(max(errors) + np.finfo(float).eps))
+            words.append(f"{digits}{' digits' * (len(words) == 1)} in {dtype}")
+    return ", ".join(words)
 
 
-def digits(returned):
-    """To how many digits all cases agree, in words."""
-    least = {}
-    for precision, error, _ in returned:
-        each = math.floor(-math.log10(error + np.finfo(precision).eps))
-        least[precision] = min(each, least.get(precision, each))
-    words = [f"{least[precision]} in {precision}" for precision in ("float64", "float32") if precision in least]
-    return ", ".join(words).replace(" in", " digits in", 1)
+def say(text, first, rest):
+    """Print a line, wrapped where it is longer than a terminal."""
+    rules = {"width": 80, "break_long_words": False, "break_on_hyphens": False}
+    indents = {"initial_indent": " " * first, "subsequent_indent": " " * rest}
+    print(textwrap.fill(text, **indents, **rules))
 
 
-# ------------------------------------------------------------------ the report
-
-
-def literal(x):
+def literal(x, dtype):
     """An argument as Python source, in one line."""
     if isinstance(x, dict):
-        return "{" + ", ".join(f'"{key}": {literal(part)}' for key, part in x.items()) + "}"
-    return "np." + " ".join(repr(x).replace("dtype=", "dtype=np.").split()) if np.ndim(x) else repr(x)
+        return "{" + ", ".join(f'"{key}": {literal(part, dtype)}' for key, part in x.items()) + "}"
+    if not isinstance(x, np.ndarray):
+        return repr(x)
+    x = x.astype(dtype) if x.dtype.kind == "f" and dtype != "bfloat16" else x
+    source = " ".join(repr(x).replace("dtype=", "dtype=np.").split())
+    return "np." + source.replace("nan", "np.nan").replace("inf", "np.inf")
 
 
-def say(text, indent):
-    """Print a line, wrapped where it is longer than a terminal."""
-    rules = {"subsequent_indent": " " * indent, "break_long_words": False, "break_on_hyphens": False}
-    print(*textwrap.wrap(text, 80, **rules), sep="\n")
+def lines_of(x, width):
+    text = np.array2string(x + 0.0, precision=4, suppress_small=True, max_line_width=width)
+    return text.splitlines()
 
 
-def report(name, yours, count):
-    """Print what there is to say about one function. Returns whether they agree."""
-    ours = getattr(loop, name)
-    if name == "adam_step":
-        ours, yours = two_updates(ours), two_updates(yours)
-    try:
-        words = agreement(name, ours, yours, count)
-        case = None if words else search(name, ours, yours, count, shrink=True, padding=False)[0]
-        clean = case and agreement(name, ours, yours, count, junk=False)
-    except Flaky:  # hypothesis's word for another answer to the same input
-        words, case = None, None
-    if not case:
-        say(f"  {name:<17} {words or 'DIFFERS from one call to the next, on the same input'}", 20)
-        return words is not None
-    print(f"  {name:<17} DIFFERS\n    smallest input:")
-    for parameter, x in zip(inspect.signature(ours).parameters, case):
-        say(f"      {parameter} = {literal(x)}", 8)
-    try:
-        compare(name, ours, yours, case, padding=False)
-    except Differ as difference:
-        words, expected, found = difference.args
-        print(f"{'':<24}{'ours':<28}yours")
-        for part in expected:
-            sides = [str(side[part].round(4) + 0.0) if part in side else "-" for side in (expected, found)]
-            for line in zip_longest([f"    {part}"], *map(str.splitlines, sides), fillvalue=""):
-                print("{:<23} {:<27} {}".format(*line).rstrip())
-        say(f"    {words}", 6)
-    if clean:
-        print("    with 0 at padding they agree: yours reads what stands there")
-    return False
+# ------------------------------------------------------------------ the command line
 
 
 def load(path):
-    """Import a file; it may import the files beside it."""
+    """Import a file; it may import the files beside it. Raises ValueError with a sentence."""
     sys.path.insert(0, str(path.resolve().parent))
-    loader = importlib.machinery.SourceFileLoader("yours", str(path))
-    module = importlib.util.module_from_spec(importlib.util.spec_from_loader("yours", loader))
-    sys.modules["yours"] = module  # a dataclass looks for its module there
-    loader.exec_module(module)
+    try:
+        spec = importlib.util.spec_from_file_location("yours", path)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules["yours"] = module  # a dataclass looks for its module there
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as problem:
+        raise ValueError(f"{path} cannot be imported: {last_line(problem)}") from None
     return module
 
 
-def complain(sentence):
-    print(f"compare.py: {sentence}", file=sys.stderr)
-    return 2
+def look_up(module, name):
+    """The function of a name such as PPO.advantages; a method is taken from PPO()."""
+    *owners, last = name.split(".")
+    owner = reduce(getattr, owners, module)
+    if isinstance(owner, type) and inspect.isfunction(inspect.getattr_static(owner, last)):
+        owner = owner()
+    return getattr(owner, last)
+
+
+def find_functions(path, pairs):
+    """What can be compared. Raises ValueError with a sentence."""
+    module = load(path)
+    found = {name: getattr(module, name) for name in COMPARED if hasattr(module, name)}
+    for pair in pairs:
+        ours, _, theirs = pair.partition("=")
+        if ours not in COMPARED:
+            raise ValueError(f"--map {pair}: there is no {ours!r} here")
+        try:
+            found[ours] = look_up(module, theirs)
+        except (AttributeError, TypeError) as problem:
+            raise ValueError(f"--map {pair}: {problem}") from None
+    yours = {name: x for name, x in found.items() if x is not getattr(loop, name, None)}
+    if not yours:
+        raise ValueError(f"{path} defines none of {', '.join(COMPARED)}: say --map OURS=YOURS")
+    return [Comparison(name, x) for name, x in yours.items()]
+
+
+def report(comparisons, options):
+    """Print a summary, then the examples. Returns the exit code."""
+    for one in comparisons:
+        say(f"  {one.name:<19}{one.judge(options.cases)}", 0, 21)
+        for note in one.notes:
+            say(note, 21, 23)
+    for one in comparisons:
+        for example in one.examples:
+            print()
+            one.show(*example)
+    compared = [one for one in comparisons if one.agrees is not None]
+    bad = [one for one in compared if not one.agrees or (options.strict and one.examples)]
+    return 2 if not compared else 1 if bad else 0
 
 
 def main(argv=None):
     """Compare all that can be compared. Returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("module", type=Path, help="your file")
-    parser.add_argument("--map", action="append", default=[], metavar="OURS=YOURS", help="your name for a function")
-    parser.add_argument("--cases", type=int, default=300, help="random inputs for each function (default 300)")
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    add = parser.add_argument
+    add("module", type=Path, help="your file")
+    add("--map", action="append", default=[], metavar="OURS=YOURS", help="your name for a function")
+    add("--cases", type=int, default=300, help="random inputs for each function (default 300)")
+    add("--strict", action="store_true", help="NaN at padding and holes in masks count too")
     options = parser.parse_args(argv)
-    if options.cases < 1:
-        return complain(f"--cases {options.cases}: at least 1")
     try:
-        module = load(options.module)
-    except (Exception, SystemExit) as problem:
-        return complain(f"{options.module} cannot be imported: {last_line(problem)}")
-    functions = {name: getattr(module, name) for name in COMPARED if hasattr(module, name)}
-    for pair in options.map:
-        ours, _, theirs = pair.partition("=")
-        if ours not in COMPARED or not hasattr(module, theirs):
-            return complain(f"--map {pair}: there is no {ours!r} here or no {theirs!r} in {options.module}")
-        functions[ours] = getattr(module, theirs)
-    functions = {name: yours for name, yours in functions.items() if yours is not getattr(loop, name)}
-    if not functions:
-        return complain(f"{options.module} defines none of {', '.join(COMPARED)}: say --map OURS=YOURS")
+        if options.cases < 1:
+            raise ValueError(f"--cases {options.cases}: at least 1")
+        comparisons = find_functions(options.module, options.map)
+    except ValueError as problem:
+        print(f"compare.py: {problem}", file=sys.stderr)
+        return 2
     print(f"{options.module.name} beside {Path(loop.__file__).name}")
     with warnings.catch_warnings(), np.errstate(all="ignore"):  # an overflow shows in the answers
         warnings.simplefilter("ignore")
-        agree = [report(name, yours, options.cases) for name, yours in functions.items()]
-    return 0 if all(agree) else 1
+        return report(comparisons, options)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,17 @@
-"""The tool that lays a reader's own PPO beside ours: it passes what is right and finds the classic bugs."""
+"""The tool that lays a reader's own PPO beside ours: it passes what is right and finds the bugs."""
 
-import importlib.util
-import inspect
+import os
 import re
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
 
-import compare
 import numpy as np
 import pytest
-
 import rlhf_loop_pseudo as loop
+
+import compare
 
 # A PPO as somebody else would write it
 THEIRS = """
@@ -23,45 +22,46 @@ def token_logprobs(model, prompts, responses):
     x = model["embed"][np.concatenate([prompts, responses], axis=1)]
     roots = np.sqrt(np.arange(x.shape[1]) + 1, dtype=x.dtype)[:, None]
     logits = np.tanh(x + x.cumsum(axis=1) / roots @ model["mix"]) @ model["head"]
+    return logprobs(logits[:, prompts.shape[1] - 1 : -1], responses)
+
+
+def logprobs(logits, labels):
     logits = logits - logits.max(axis=2, keepdims=True)
-    logprobs = logits - np.log(np.exp(logits).sum(axis=2, keepdims=True))
-    return np.array([
-        [logprobs[b, prompts.shape[1] + t - 1, token] for t, token in enumerate(row)] for b, row in enumerate(responses)
-    ])
+    logits = logits - np.log(np.exp(logits).sum(axis=2, keepdims=True))
+    return [[row[t, x] for t, x in enumerate(xs)] for row, xs in zip(logits, labels)]
 
 
 def kl_penalty(logprobs, ref_logprobs, estimator="k1"):
-    log_ratio = logprobs - ref_logprobs
-    return {"k1": log_ratio, "k2": 0.5 * log_ratio**2, "k3": np.exp(-log_ratio) - 1 + log_ratio}[estimator]
+    d = logprobs - ref_logprobs
+    return {"k1": d, "k2": 0.5 * d**2, "k3": np.exp(-d) - 1 + d}[estimator]
 
 
 def shape_rewards(scores, kl, mask, beta):
-    rewards = -beta * kl * mask
+    rewards = -beta * np.where(mask, kl, 0)
     for row, score in enumerate(scores):
-        rewards[row, int(mask[row].sum()) - 1] += score
+        rewards[row, np.flatnonzero(mask[row])[-1]] += score
     return rewards
 
 
 def gae(rewards, values, mask, gamma, lam):
     values = values * mask
     deltas = (rewards + gamma * np.pad(values, ((0, 0), (0, 1)))[:, 1:] - values) * mask
-    length = mask.shape[1]
-    weights = np.array([[(gamma * lam) ** max(0, s - t) * (s >= t) for t in range(length)] for s in range(length)])
+    steps = np.arange(mask.shape[1])[:, None] - np.arange(mask.shape[1])
+    weights = np.where(steps >= 0, (gamma * lam) ** np.maximum(0, steps), 0)
     advantages = (deltas @ weights * mask).astype(values.dtype)
     return advantages, advantages + values
 
 
-def group_advantages(rewards, mask, group_size, method):
+def rloo_advantages(rewards, mask, group_size):
     totals = (rewards * mask).sum(axis=1)
-    result = np.zeros_like(mask)
-    for row, total in enumerate(totals):
-        first = row - row % group_size
-        group = totals[first : first + group_size]
-        if method == "rloo":
-            result[row] = total - (group.sum() - total) / (group_size - 1)
-        else:
-            result[row] = (total - group.mean()) / (group.std(ddof=1) + 1e-6)
-    return result * mask
+    groups = [totals[i - i % group_size :][:group_size] for i in range(len(totals))]
+    return [x - (group.sum() - x) / (group_size - 1) for x, group in zip(totals, groups)]
+
+
+def grpo_advantages(rewards, mask, group_size):
+    totals = (rewards * mask).sum(axis=1).reshape(-1, group_size)
+    centered = totals - totals.mean(axis=1, keepdims=True)
+    return (centered / (totals.std(axis=1, ddof=1, keepdims=True) + 1e-6)).reshape(-1, 1) * mask
 
 
 def whiten(x, mask):
@@ -84,208 +84,453 @@ def value_loss(values, returns, mask):
     return (error**2).sum() / mask.sum(), 2 * error / mask.sum()
 
 
+def clipped_value_loss(values, old_values, returns, mask, clip):
+    near = np.minimum(np.maximum(values, old_values - clip), old_values + clip)
+    plain, clipped = ((values - returns) ** 2, (near - returns) ** 2)
+    loss = (np.maximum(plain, clipped) * mask).sum() / mask.sum()
+    return loss, np.where(plain >= clipped, 2 * (values - returns), 0) * mask / mask.sum()
+
+
 def preference_loss(chosen, rejected):
     margin = chosen - rejected
     loss = -np.minimum(margin, 0) + np.log1p(np.exp(-np.abs(margin)))
     slope = -np.exp(-margin - loss) / len(margin)
     return loss.mean(), slope, -slope
 """
-FUNCTIONS = {block.split("(")[0]: f"import numpy as np\n\n\ndef {block}" for block in THEIRS.split("\ndef ")[1:]}
+DEFINITIONS = THEIRS.split("\ndef ")[1:]
+FUNCTIONS = {x.split("(")[0]: f"import numpy as np\n\n\ndef {x}" for x in DEFINITIONS}
+FUNCTIONS["token_logprobs"] += "\n\n" + FUNCTIONS["logprobs"]
 
-# The ten classic bugs: the function, what stands in it, what stands there instead
-BUGS = {
-    "log probabilities shifted by one": ("token_logprobs", "prompts.shape[1] + t - 1", "prompts.shape[1] + t"),
-    "mask without the end token": ("ppo_loss", "ratio = ", "mask = np.pad(mask, ((0, 0), (0, 1)))[:, 1:]; ratio = "),
-    "the value of padding leaks": ("gae", "values = values * mask", "pass"),
-    "gae runs over padding": ("gae", "- values) * mask", "- values)"),
-    "mean over the padded length": ("value_loss", "(error**2).sum() / mask.sum()", "(error**2).mean()"),
-    "clip on the wrong side": (
-        "ppo_loss",
-        "np.clip(ratio, 1 - clip, 1 + clip)",
-        "np.where(advantages > 0, np.maximum(ratio, 1 - clip), np.minimum(ratio, 1 + clip))",
-    ),
-    "max for min": ("ppo_loss", "np.minimum(plain", "np.maximum(plain"),
-    "kl with the wrong sign": ("kl_penalty", "logprobs - ref_logprobs", "ref_logprobs - logprobs"),
-    "whitening over padding": ("whiten", "x[mask > 0]", "x.ravel()"),
-    "score on the last position": ("shape_rewards", "int(mask[row].sum()) - 1", "-1"),
+# In each table below: a name, and under it the function and what stands there instead of what
+# The ten classic bugs
+BUGS = """
+log probabilities shifted by one
+    token_logprobs: prompts.shape[1] - 1 : -1 => prompts.shape[1] :
+mask without the end token
+    ppo_loss: ratio = => mask = np.pad(mask, ((0, 0), (0, 1)))[:, 1:]; ratio =
+the value of padding leaks
+    gae: values = values * mask => pass
+gae runs over padding
+    gae: - values) * mask => - values)
+mean over the padded length
+    value_loss: (error**2).sum() / mask.sum() => (error**2).mean()
+clip on the wrong side
+    ppo_loss: np.clip(ratio, 1 - clip, 1 + clip)
+        => np.where(advantages > 0, ratio.clip(1 - clip), ratio.clip(None, 1 + clip))
+max for min
+    ppo_loss: np.minimum(plain => np.maximum(plain
+kl with the wrong sign
+    kl_penalty: logprobs - ref_logprobs => ref_logprobs - logprobs
+whitening over padding
+    whiten: x[mask > 0] => x.ravel()
+score on the last position
+    shape_rewards: np.flatnonzero(mask[row])[-1] => -1
+"""
+# Known differences of convention, named by what the report says
+CONVENTIONS = """
+but for: the factor 0.5, as in TRL, OpenRLHF and verl (
+    value_loss: (error**2).sum() => 0.5 * (error**2).sum() // 2 * error => error
+but for: the factor 0.05 (
+    value_loss: (error**2).sum() => 0.05 * (error**2).sum() // 2 * error => 0.1 * error
+but for: a mean over each response, then over responses, as in GRPO's paper (
+    value_loss: MEAN => (error**2 * share).sum(), 2 * error * share // error = => SHARE; error =
+as in GRPO's paper; and the factor 0.25 (
+    value_loss: MEAN => 0.25 * (error**2 * share).sum(), 0.5 * error * share // error =
+        => SHARE; error =
+but for: a sum over each response, then a mean over responses (
+    value_loss: MEAN => (error**2).sum() / len(mask), 2 * error / len(mask)
+a variance divided by n, as in OpenRLHF; deviations below 0.3 are left out (
+    whiten: ddof=1 => ddof=0
+but for: deviations below 0.3, where epsilons and rounding show (
+    whiten: np.sqrt(variance + 1e-8) => (np.sqrt(variance) + 1e-5)
+a variance divided by n, as in np.std; deviations
+    grpo_advantages: ddof=1 => ddof=0
+deviations below 0.3, where epsilons
+    grpo_advantages: 1e-6 => 1e-4
+but for: the mean without the deviation, as in Dr. GRPO (
+    grpo_advantages: (centered / (totals.std(axis=1, ddof=1, keepdims=True) + 1e-6)) => centered
+but for: advantages whitened inside, as in verl;
+    gae: return advantages, => WHITENED + 1e-8) * mask,
+whitened inside, as in verl, with a variance divided by n;
+    gae: return advantages, => WHITENED * ((mask.sum() - 1) / mask.sum()) ** 0.5 + 1e-8) * mask,
+but for: one value kept past the end, as in TRL (
+    gae: values = values * mask => PAST; rewards = rewards * mask // - values) * mask
+        => - values) * past
+but for: one value kept past the end, and its reward, as in TRL (
+    gae: values = values * mask => PAST // - values) * mask => - values) * past
+but for: the score on the position after the last token where there is one, as in TRL (
+    shape_rewards: LAST => AFTER
+as in TRL, and KL at padding (
+    shape_rewards: LAST => AFTER // np.where(mask, kl, 0) => kl
+but for: scores clipped to +-10, as in OpenRLHF (
+    shape_rewards: += score => += np.clip(score, -10, 10)
+but for: scores clipped to [-3, 7] (
+    shape_rewards: += score => += np.clip(score, -3, 7)
+as in TRL; and scores clipped to +-5 (
+    shape_rewards: LAST => AFTER // += score => += np.clip(score, -5, 5)
+but for: k3 clipped to +-10, as in verl (
+    kl_penalty: np.exp(-d) - 1 + d => (np.exp(-d) - 1 + d).clip(-10, 10)
+but for: estimates clipped to +-10, as in OpenRLHF (
+    kl_penalty: [estimator] => [estimator].clip(-10, 10)
+but for: log ratios clipped to +-4 (
+    kl_penalty: logprobs - ref_logprobs => np.clip(logprobs - ref_logprobs, -4, 4)
+but for: log ratios within +-20, as in OpenRLHF and verl (
+    ppo_loss: old_logprobs) * mask) => old_logprobs).clip(-20, 20) * mask) // smaller == plain
+        => FLOWS
+but for: a second clip at 3 where A < 0, as in verl; and log ratios within +-20
+    ppo_loss: old_logprobs) * mask) => old_logprobs).clip(-20, 20) * mask)
+        // np.minimum(plain, clipped) => AT_3 // gradient, ratio => None, ratio
+"""
+# Cases as public code and bug reports have them, and what is said: the exit code, the shape of the
+# smallest input or a dash, sentences between bars
+CASES = """
+NaN at padding
+    ppo_loss: (new_logprobs - old_logprobs) * mask => new_logprobs - old_logprobs
+    0 (1,2) agrees (80 inputs | NaN or infinity at padding reaches your loss: | np.nan
+a hole in the mask
+    value_loss: error = => mask = np.arange(len(mask[0])) < mask.sum(axis=1, keepdims=True); error =
+    0 - agrees (80 inputs | where the mask has a hole, they differ in loss:
+        | np.array([[1., 0., 1.]])
+whitening over padding
+    whiten: x[mask > 0] => x.ravel() // len(real) > 1 => True
+    1 (1,3) whiten DIFFERS | mask = np.array([[1., 1., 0.]])
+a factor, and a mean over all positions
+    value_loss: (error**2).sum() / mask.sum() => 0.5 * (error**2).mean()
+        // 2 * error / mask.sum() => error / error.size
+    1 (1,2) value_loss: apart from the factor 0.5, as in TRL, OpenRLHF and verl, they still differ
+        here: | ours 0.5, yours 0.25 | yours divides by the number of all positions, padding
+        included
+no mask
+    gae: values = values * mask => mask = np.ones_like(mask)
+    1 (1,2) gae: they differ here: | with a mask of all ones they agree: yours ignores the mask
+only k1
+    kl_penalty: d = => d = no(estimator) or
+        // import numpy as np => NO_K2
+    0 - agrees ( | estimator k2, k3: not there in yours
+only float32
+    grpo_advantages: totals = => assert rewards.dtype == "float32", "Double"; totals =
+    0 - digits in float32) | yours refuses float64: AssertionError: Double
+only a bool mask
+    whiten: x[mask > 0] => x[mask]
+    0 - agrees ( | yours refuses a mask of floats (it takes bool): IndexError
+only lists of rows
+    whiten: real = => assert type(x) is list; x, mask = np.array(x), np.array(mask); real =
+    0 - agrees ( | yours refuses arrays (it takes lists of rows): AssertionError
+half precision
+    gae: .astype(values.dtype) => .astype(np.float16)
+    0 - agrees (80 inputs, within 1%, as float16 goes)
+half precision inside
+    gae: .astype(values.dtype) => .astype(np.float16).astype(float)
+    1 - all differences are below 1 %: is half precision used inside?
+a window of six
+    gae: steps >= 0 => (steps >= 0) & (steps < 6)
+    1 (1,7) with up to five tokens they agree
+swapped results
+    gae: advantages, advantages + values => advantages + values, advantages
+    1 (1,1) they agree if you return returns, advantages: swapped?
+a dict with our names
+    gae: advantages, advantages + values => dict(returns=advantages + values, advantages=advantages)
+    0 - agrees (80 inputs, 1
+an overwritten argument
+    gae: values = values * mask => values *= mask
+    0 - agrees (80 inputs, 1 | yours overwrites its argument values
+a group without spread
+    grpo_advantages:  + 1e-6 => NOTHING
+    1 (2,1) yours is not finite where nothing varies
+no lambda
+    gae: gamma * lam => gamma
+    1 (1,2) where lam is 1.0 they agree
+a wrong k3
+    kl_penalty: np.exp(-d) - 1 + d => d
+    1 (1,1) unless estimator is k3 they agree
+an overflow
+    preference_loss: -np.minimum(margin, 0) + np.log1p(np.exp(-np.abs(margin)))
+        => np.log1p(np.exp(-margin))
+    1 - with numbers below 30 they agree | 1000.
+wrong in float32
+    kl_penalty: logprobs - ref_logprobs
+        => (logprobs - ref_logprobs) * (1 + (logprobs.dtype == "float32"))
+    1 (1,1) in float64 they agree | dtype=np.float32
+sys.exit
+    whiten: real = => exit("bye"); real =
+    1 (1,1) yours raises SystemExit: bye
+no array
+    kl_penalty: return => return object();
+    1 (1,1) yours raises TypeError: float() argument
+another shape
+    kl_penalty: return => return 0;
+    1 (1,1) kl: ours has the shape (1, 1), yours ()
+nothing
+    kl_penalty: return => pass;
+    1 (1,1) yours returns none of kl
+no gradient
+    value_loss: , 2 * error / mask.sum() => NOTHING
+    0 - agrees (80 inputs | not compared: d_values
+junk left at padding
+    whiten: 1e-8) * mask => 1e-8)
+    0 - agrees (80 inputs | at padding yours is not 0
+a gradient at padding
+    value_loss: 2 * error / => 2 * (values - returns) /
+    1 (1,2) first in d_values, row 0, token 1: ours 0, yours
+another answer each time
+    kl_penalty: d = logprobs
+        => calls = globals().setdefault("calls", []); calls.append(0); d = (len(calls) % 5 == 0) +
+        logprobs
+    1 - kl_penalty DIFFERS from one call to the next, on the same input
+nothing but NotImplementedError
+    whiten: real = => raise NotImplementedError; real =
+    2 - whiten not compared: yours raises NotImplementedError
+"""
+SHORT = {
+    "NO_K2": "import numpy as np\ndef no(k):\n    if k != 'k1': raise NotImplementedError",
+    "NOTHING": "",
+    "MEAN": "(error**2).sum() / mask.sum(), 2 * error / mask.sum()",
+    "SHARE": "share = mask / mask.sum(axis=1, keepdims=True) / len(mask)",
+    "WHITENED": "z = advantages[mask > 0]; return (advantages - z.mean()) / (z.std(ddof=1)",
+    "PAST": "past = np.roll(mask, 1, 1); past[:, 0] = 1; values = values * past",
+    "LAST": "np.flatnonzero(mask[row])[-1]",
+    "AFTER": "min(np.flatnonzero(mask[row])[-1] + 1, len(mask[0]) - 1)",
+    "FLOWS": "(smaller == plain) & (abs(new_logprobs - old_logprobs) < 20)",
+    "AT_3": "np.maximum(np.minimum(plain, clipped), np.minimum(3 * advantages * mask, 0))",
 }
-# Known differences of convention: what the report says of them; the function, what stands in it, what instead, ...
-AFTER_END = ("int(mask[row].sum()) - 1", "min(int(mask[row].sum()), mask.shape[1] - 1)")
-WHITENED = "real = advantages[mask > 0]; return (advantages - real.mean()) / (real.std(ddof={}) + 1e-8) * mask, "
-K3 = "np.exp(-log_ratio) - 1 + log_ratio"
-CLAMPED = ("old_logprobs) * mask)", "old_logprobs).clip(-20, 20) * mask)")
-INSIDE = ("smaller == plain", "(smaller == plain) & (abs(new_logprobs - old_logprobs) < 20)")
-LOG_3 = ("np.minimum(plain, clipped)", "np.maximum(np.minimum(plain, clipped), np.minimum(3 * advantages * mask, 0))")
-CONVENTIONS = {
-    "the factor 0.5, as in TRL": ("value_loss", "(error**2)", "0.5 * (error**2)", "2 * error", "error"),
-    "a variance divided by n, as in OpenRLHF": ("whiten", "ddof=1", "ddof=0"),
-    "but for deviations below 0.3": ("whiten", "np.sqrt(variance + 1e-8)", "(np.sqrt(variance) + 1e-5)"),
-    "np.std, and deviations below": ("group_advantages", "ddof=1", "ddof=0"),
-    "deviations below 0.3, where epsilons": ("group_advantages", "1e-6", "1e-4"),
-    "already whitened, as in verl, and deviations": ("gae", "return advantages, ", WHITENED.format(1)),
-    "already whitened, as in verl, with a variance divided by n": ("gae", "return advantages, ", WHITENED.format(0)),
-    "the score on the position after the last token where there is one, as in TRL": ("shape_rewards", *AFTER_END),
-    "as in TRL, and KL at padding": ("shape_rewards", *AFTER_END, "kl * mask", "kl"),
-    "scores clipped to +-10": ("shape_rewards", "+= score", "+= np.clip(score, -10, 10)"),
-    "k3 clamped to +-10": ("kl_penalty", K3, f"({K3}).clip(-10, 10)"),
-    "estimates clamped to +-10": ("kl_penalty", "[estimator]", "[estimator].clip(-10, 10)"),
-    "a log ratio clamped to +-20, as in OpenRLHF and verl": ("ppo_loss", *CLAMPED, *INSIDE),
-    "and to log 3 where A < 0; not compared: d_new": ("ppo_loss", *CLAMPED, *LOG_3, "gradient, ratio", "None, ratio"),
-    "padding is not 0": ("whiten", "1e-8) * mask", "1e-8)"),
-    "not compared: d_values": ("value_loss", ", 2 * error / mask.sum()", ""),
-}
-RANDOM = {"core_loop", "sample_prompts", "generate", "collect_preferences", "train_reward_model"}  # not compared
 
 
-def changed(name, *fragments):
-    """The source of one of their functions, with every second fragment in place of the one before it."""
+def read(table):
+    """{name: the lines under it} of a table; a line is continued by a deeper indent."""
+    blocks = re.findall(r"^(\S.*)\n((?: {4}.*\n)+)", table.replace("\n" + 8 * " ", " "), re.M)
+    return {name: [line[4:] for line in lines.splitlines()] for name, lines in blocks}
+
+
+BUGS, CONVENTIONS, CASES = map(read, (BUGS, CONVENTIONS, CASES))
+
+
+def changed(line):
+    """(function, source) of a line of a table."""
+    name, _, edits = line.partition(": ")
     source = FUNCTIONS[name]
-    for old, new in zip(fragments[::2], fragments[1::2]):
-        assert source.count(old) == 1
+    for edit in edits.split(" // "):
+        old, new = (SHORT.get(x, x) for x in edit.split(" => "))
+        new = re.sub("|".join(SHORT), lambda word: SHORT[word[0]], new)
+        assert source.count(old) == 1, old
         source = source.replace(old, new)
-    return source
+    return name, source
 
 
-def run(tmp_path, capsys, source, *options):
-    """Compare a module with this source. Returns the exit code and the report."""
-    path = tmp_path / "my_ppo.py"
-    path.write_text(source)
-    code = compare.main([str(path), *options])
-    return code, capsys.readouterr().out
+STYLES = {  # right ones; torch is below
+    "a loop over rows": """
+def gae(rewards, values, mask, gamma, lam):
+    advantages = np.zeros(mask.shape)
+    for row in range(len(mask)):
+        places, last = np.flatnonzero(mask[row]), 0
+        for t, after in zip(places[::-1], [None, *places[:0:-1]]):
+            next_value = 0 if after is None else values[row, after]
+            delta = rewards[row, t] + gamma * next_value - values[row, t]
+            advantages[row, t] = last = delta + gamma * lam * last
+    return advantages, np.where(mask, advantages + values, 0)
+""",
+    "a reversed scan": """
+def gae(rewards, values, mask, gamma, lam):
+    def step(carry, column):
+        (last, next_value), (reward, value, real) = carry, column
+        delta = reward + gamma * next_value - value
+        last = np.where(real, delta + gamma * lam * last, last)
+        return last, np.where(real, value, next_value)
+    columns = list(zip(rewards.T, values.T, mask.T))[::-1]
+    scanned = list(itertools.accumulate(columns, step, initial=(0 * mask[:, 0],) * 2))[1:]
+    advantages = np.where(mask, np.transpose([last for last, _ in scanned[::-1]]), 0)
+    return advantages, np.where(mask, advantages + values, 0)
+""",
+    "flat arrays": """
+def value_loss(values, returns, mask):
+    places = np.flatnonzero(mask)
+    error = values.ravel()[places] - returns.ravel()[places]
+    gradient = np.zeros(mask.size)
+    gradient[places] = 2 * error / len(places)
+    return error @ error / len(places), gradient.reshape(mask.shape)
+""",
+    "compressed sequences": """
+def grpo_advantages(rewards, mask, group_size):
+    lengths = mask.sum(axis=1).astype(int)
+    packed = rewards[mask > 0]
+    totals = np.add.reduceat(packed, np.cumsum([0, *lengths[:-1]]))
+    groups = np.split(totals, len(totals) // group_size)
+    scaled = [(x - x.mean()) / (x.std(ddof=1) + 1e-6) for x in groups]
+    advantages = np.zeros(mask.shape)
+    advantages[mask > 0] = np.repeat(np.concatenate(scaled), lengths)
+    return advantages
+""",
+}
+RANDOM = {"core_loop", "sample_prompts", "generate", "collect_preferences", "train_reward_model"}
+NOT_COMPARED = RANDOM | {"demonstrations", "fine_tune"}
+OURS_ALONE = {"logprobs", "clipped_value_loss"}
 
 
-def test_another_right_ppo_agrees(tmp_path, capsys):
-    code, report = run(tmp_path, capsys, THEIRS, "--cases", "60")
+@pytest.fixture
+def run(tmp_path, capsys):
+    """Compare a module with this source. Returns the exit code, the report, and it in one line."""
+
+    def compared(source, *options):
+        path = tmp_path / "my_ppo.py"
+        path.write_text(source)
+        code = compare.main([str(path), *options])
+        report = capsys.readouterr().out
+        assert max(map(len, report.splitlines()), default=0) <= 80
+        return code, report, " ".join(report.split())
+
+    return compared
+
+
+def smallest_input(report):
+    """The arguments in a report, by name: they can be pasted."""
+    source = textwrap.dedent("".join(re.findall(r"^    \w+ = .*\n(?:     .*\n)*", report, re.M)))
+    exec(source, given := {"np": np})
+    return {name: x for name, x in given.items() if name not in ("np", "__builtins__")}
+
+
+# ------------------------------------------------------------------ what is right, and what is not
+
+
+def test_another_right_ppo_agrees(run):
+    code, report, _ = run(THEIRS, "--cases", "60")
     assert code == 0
-    assert re.findall(r"^  (\w+) +agrees to 1[45] digits in float64, \d in float32 \(60 cases\)$", report, re.M) == [
-        name for name in compare.COMPARED if name in FUNCTIONS
-    ]
+    digits = r"\d\d digits in float64, \d in float32"
+    agreeing = re.findall(rf"^  (\w+) +agrees \(60 inputs, {digits}\)$", report, re.M)
+    assert agreeing == [name for name in compare.COMPARED if name in FUNCTIONS]
 
 
-def test_every_function_of_arrays_is_compared(tmp_path, capsys):
+@pytest.mark.parametrize("style", STYLES)
+def test_another_style_agrees(style, run):
+    code, _, report = run(f"import itertools\nimport numpy as np\n{STYLES[style]}", "--strict")
+    assert code == 0
+    assert " agrees (300 inputs, 1" in report
+
+
+def test_every_function_of_arrays_is_compared(run):
     source = Path(loop.__file__).read_text(encoding="utf-8")
-    public = set(re.findall(r"^# ANCHOR: (\w+)$", source, re.M))
-    assert public - set(compare.COMPARED) == RANDOM
-    code, report = run(tmp_path, capsys, source, "--cases", "20")
+    public = set(re.findall(r"^ *# ANCHOR: (\w+)$", source, re.M))
+    assert public - set(compare.COMPARED) <= NOT_COMPARED
+    assert set(compare.COMPARED) - public == OURS_ALONE
+    code, _, report = run(source, "--cases", "20", "--strict")
     assert code == 0
-    assert report.count("agrees to 15 digits in float64, 6 in float32 (20 cases)\n") == len(compare.COMPARED)
+    assert report.count("agrees (20 inputs, 15 digits in") == len(compare.COMPARED) - len(
+        OURS_ALONE
+    )
 
 
 @pytest.mark.parametrize("bug", BUGS)
-def test_a_classic_bug_is_found_and_made_small(bug, tmp_path, capsys):
-    name, source = BUGS[bug][0], changed(*BUGS[bug])
-    code, report = run(tmp_path, capsys, source)
+def test_a_classic_bug_is_found_and_made_small(bug, run):
+    name, source = changed(*BUGS[bug])
+    code, report, _ = run(source, "--cases", "80")
     assert code == 1
-    assert f"\n  {name:<17} DIFFERS\n" in report
-    assert max(map(len, report.splitlines())) <= 80
-    assert re.search(r"first in \w+(, row 0, token 0)?: ours \S+, yours\s+\S+\n", report)
-    assert ("with 0 at padding they agree" in report) == (name == "gae")
-    given, theirs = {}, {}
-    exec("import numpy as np\n" + textwrap.dedent(smallest_input(report)), given)  # it can be pasted
-    exec(source, theirs)
-    arguments = [given[parameter] for parameter in inspect.signature(getattr(loop, name)).parameters]
-    assert all(len(x) <= 2 and x.shape[-1] <= 3 for x in arguments if isinstance(x, np.ndarray))
+    assert re.search(rf"^  {name:<18} DIFFERS$", report, re.M)
+    given = smallest_input(report)
+    assert {len(x) for x in given.values() if isinstance(x, np.ndarray)} == {1}
+    assert given.get("mask", np.ones(1)).size <= 2 + (name == "whiten")
+    exec(source, theirs := {})
     with np.errstate(all="ignore"):
-        answers = [function(*arguments) for function in (getattr(loop, name), theirs[name])]
+        answers = [f(*given.values()) for f in (getattr(loop, name), theirs[name])]
     ours, yours = (np.hstack([np.ravel(x) for x in answer]) for answer in answers)
     assert not np.allclose(ours, yours)
+    assert np.isfinite(yours).all()
 
 
-def test_a_difference_word_for_word(tmp_path, capsys):
-    code, report = run(tmp_path, capsys, "def whiten(x, mask):\n    return x + 1\n")
+@pytest.mark.parametrize("words", CONVENTIONS)
+def test_a_known_convention_is_no_mistake_and_is_named(words, run):
+    name, source = changed(*CONVENTIONS[words])
+    code, _, report = run(source, "--cases", "80")
+    assert code == 0
+    assert f"{name} agrees, but for: " in report
+    assert words in report
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_case_from_public_code_gets_its_verdict(case, run):
+    edits, verdict = CASES[case]
+    expected, shape, sentences = verdict.split(" ", 2)
+    code, report, words = run(changed(edits)[1], "--cases", "80")
+    assert code == int(expected)
+    assert [x for x in sentences.split(" | ") if x not in words] == []
+    if shape != "-":
+        arrays = [x for x in smallest_input(report).values() if np.ndim(x) == 2]
+        assert {str(x.shape).replace(" ", "") for x in arrays} == {shape}
+
+
+@pytest.mark.parametrize("case", ["NaN at padding", "a hole in the mask"])
+def test_strict(case, run):
+    assert run(changed(CASES[case][0])[1], "--strict", "--cases", "50")[0] == 1
+
+
+def test_a_difference_word_for_word(run):
+    code, report, _ = run(changed(*BUGS["gae runs over padding"])[1])
     assert code == 1
     assert (
         report
         == """my_ppo.py beside rlhf_loop_pseudo.py
-  whiten            DIFFERS
-    smallest input:
-      x = np.array([[0.]])
-      mask = np.array([[1.]])
-                        ours                        yours
-    whitened            [[0.]]                      [[1.]]
-    first in whitened, row 0, token 0: ours 0.0, yours 1.0
+  gae                DIFFERS
+
+gae: they differ here:
+    rewards = np.array([[0., 1.]])
+    values = np.array([[0., 0.]])
+    mask = np.array([[1., 0.]])
+    gamma = 1.0
+    lam = 1.0
+
+                ours        yours
+    advantages  [[0. 0.]]   [[1. 0.]]
+    returns     [[0. 0.]]   [[1. 0.]]
+
+    first in advantages, row 0, token 0: ours 0, yours 1
+    with 0 at padding they agree: yours reads what stands there
 """
     )
 
 
-def smallest_input(report):
-    return re.search(r"smallest input:\n(.*)^ +ours +yours$", report, re.M | re.S)[1]
+def test_several_rows_stand_side_by_side(run):
+    source = changed("grpo_advantages: totals - totals.mean => totals + totals.mean")[1]
+    lines = run(source, "--cases", "50")[1].splitlines()
+    head = next(i for i, line in enumerate(lines) if line.endswith(" yours"))
+    for line, shift in ((lines[head + 1], 0), (lines[head + 2], 1)):
+        starts = [x.start() for x in re.finditer(r"\[+", line)]
+        assert starts == [lines[head].index(side) + shift for side in ("ours", "yours")]
 
 
-@pytest.mark.parametrize("words", CONVENTIONS)
-def test_a_known_convention_is_no_mistake(words, tmp_path, capsys):
-    name, *fragments = CONVENTIONS[words]
-    code, report = run(tmp_path, capsys, changed(name, *fragments), "--cases", "100")
-    assert code == 0
-    assert words in " ".join(report.split())
+def test_one_report_for_one_module(run):
+    source = changed(*BUGS["whitening over padding"])[1]
+    assert len({run(source, "--cases", "60") for _ in range(2)}) == 1
 
 
-def test_a_mistake_beside_a_known_convention_is_found(tmp_path, capsys):
-    source = changed("value_loss", "(error**2).sum() / mask.sum(), 2 *", "0.5 * (error**2).mean(), 1 *")
-    assert run(tmp_path, capsys, source)[0] == 1
+# ------------------------------------------------------------------ the command line
 
 
-@pytest.mark.parametrize(
-    "body, words",
-    [
-        ("raise OverflowError('too much')", "yours raises OverflowError: too much"),
-        ("return object()", "yours raises TypeError: float() argument must be"),
-        ("return np.zeros(())", "whitened: the shape of ours is (1, 1), of yours ()"),
-        ("return None", "yours returns none of whitened"),
-    ],
-)
-def test_answers_that_cannot_be_compared(body, words, tmp_path, capsys):
-    code, report = run(tmp_path, capsys, f"import numpy as np\ndef whiten(x, mask):\n    {body}\n")
+def test_other_names(run):
+    source = f"""{FUNCTIONS["gae"].replace("def gae", "def compute")}
+class PPO:
+    kl = staticmethod(lambda new, ref, estimator: new - ref)
+    def loss(self, values, returns, mask):
+        return (((values - returns) * mask) ** 2).sum() / mask.sum()
+"""
+    maps = "gae=compute", "kl_penalty=PPO.kl", "value_loss=PPO.loss"
+    options = [word for pair in maps for word in ("--map", pair)]
+    code, report, _ = run(source, *options, "--cases", "50")
     assert code == 1
-    assert words in report
-
-
-def test_a_function_that_changes_its_mind(tmp_path, capsys):
-    source = changed("kl_penalty", "= logprobs", "= (calls.append(0) or len(calls) % 5 == 0) + logprobs")
-    code, report = run(tmp_path, capsys, "calls = []\n" + source)
-    assert code == 1
-    assert "DIFFERS from one call to the next, on the same input" in report
-
-
-def test_extreme_numbers_are_tried(tmp_path, capsys):
-    source = changed(
-        "preference_loss", "-np.minimum(margin, 0) + np.log1p(np.exp(-np.abs(margin)))", "np.log(1 + np.exp(-margin))"
-    )
-    code, report = run(tmp_path, capsys, source)
-    assert code == 1
-    assert "1000." in smallest_input(report)
-
-
-def test_float32_is_tried(tmp_path, capsys):
-    source = changed(
-        "kl_penalty", "logprobs - ref_logprobs", "(logprobs - ref_logprobs) * (1 + (logprobs.dtype == np.float32))"
-    )
-    code, report = run(tmp_path, capsys, source)
-    assert code == 1
-    assert "dtype=np.float32" in smallest_input(report)
-
-
-def test_one_report_for_one_module(tmp_path, capsys):
-    source = changed(*CONVENTIONS["but for deviations below 0.3"])  # says in how many cases, which is chance
-    assert len({run(tmp_path, capsys, source, "--cases", "60") for _ in range(2)}) == 1
-
-
-def test_other_names(tmp_path, capsys):
-    source = FUNCTIONS["gae"].replace("def gae", "def compute") + FUNCTIONS["whiten"].replace("def whiten", "def norm")
-    code, report = run(tmp_path, capsys, source, "--map", "gae=compute", "--map", "whiten=norm", "--cases", "20")
-    assert code == 0
-    assert report.count("agrees") == 2
+    verdicts = re.findall(r"^  (\w+) +(agrees|DIFFERS)", report, re.M)
+    assert verdicts == [("gae", "agrees"), ("kl_penalty", "DIFFERS"), ("value_loss", "agrees")]
 
 
 @pytest.mark.parametrize(
     "source, options, words",
     [
-        ("import no_such_thing", [], "my_ppo.py cannot be imported: ModuleNotFoundError: No module"),
+        (
+            "import no_such_thing",
+            [],
+            "my_ppo.py cannot be imported: ModuleNotFoundError: No module",
+        ),
         ("import sys; sys.exit(1)", [], "my_ppo.py cannot be imported: SystemExit: 1"),
         ("def unrelated(): pass", [], "my_ppo.py defines none of score_responses, "),
         ("from rlhf_loop_pseudo import gae", [], "my_ppo.py defines none of "),
         (THEIRS, ["--map", "gea=gae"], "--map gea=gae: there is no 'gea' here"),
-        (THEIRS, ["--map", "gae=advantages"], "or no 'advantages' in "),
+        (THEIRS, ["--map", "gae=advantages"], "has no attribute 'advantages'"),
+        (THEIRS, ["--map", "gae=PPO.gae"], "has no attribute 'PPO'"),
         (THEIRS, ["--cases", "0"], "--cases 0: at least 1"),
     ],
 )
@@ -298,27 +543,101 @@ def test_nothing_to_compare(source, options, words, tmp_path, capsys):
     assert words in err
 
 
-def test_the_command_itself(tmp_path):
-    command = [sys.executable, compare.__file__, tmp_path / "missing.py"]
+@pytest.mark.parametrize("module, code", [("numpy", 2), ("rich", 2), ("hypothesis", 0)])
+def test_a_missing_module_is_said_in_one_sentence(module, code, tmp_path):
+    """Training environments seldom have hypothesis: it is not needed."""
+    path = tmp_path / "my_ppo.py"
+    path.write_text(FUNCTIONS["whiten"])
+    hidden = f"import sys, runpy; sys.path.insert(0, {str(Path(compare.__file__).parent)!r}); sys.modules[{module!r}] = None; sys.argv = sys.argv[1:]"
+    start = f"{hidden}; runpy.run_path(sys.argv[0], run_name='__main__')"
+    command = [sys.executable, "-c", start, compare.__file__, path, "--cases", "20"]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert re.fullmatch(r"compare.py: .*missing.py cannot be imported: FileNotFoundError: .*\n", done.stderr)
+    assert done.returncode == code
+    assert re.fullmatch(rf"compare\.py: .*{module}.*\n" if code else "", done.stderr)
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("torch"), reason="torch is not installed")
-def test_torch_gets_tensors_and_returns_them(tmp_path):
-    """In a process of its own, because importing torch changes what all modules get."""
-    (tmp_path / "my_ppo.py").write_text("""
+# ------------------------------------------------------------------ torch
+
+RIGHT = """
 import torch
 
 
+def ppo_loss(new_logprobs, old_logprobs, advantages, mask, clip):
+    real = mask > 0
+    ratio = torch.exp(torch.where(real, new_logprobs, 0) - torch.where(real, old_logprobs, 0))
+    advantages = torch.where(real, advantages, 0)
+    clipped = ratio.clamp(1 - clip, 1 + clip)
+    return torch.maximum(-ratio * advantages, -clipped * advantages)[real].mean()
+
+
 def value_loss(values, returns, mask):
-    values.requires_grad_()
+    values *= mask
     loss = torch.nn.functional.mse_loss(values[mask.bool()], returns[mask.bool()])
     loss.backward()
-    return loss, values.grad
-""")
-    command = [sys.executable, compare.__file__, tmp_path / "my_ppo.py", "--cases", "50"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "agrees to 15 digits in float64, 6 in float32 (50 cases)\n" in done.stdout
+    return loss
+
+
+def rloo_advantages(rewards, mask, group_size):
+    if rewards.dtype != torch.float32:
+        raise RuntimeError("expected scalar type Float but found Double")
+    totals = torch.where(mask > 0, rewards, 0).sum(1).reshape(-1, group_size)
+    others = (totals.sum(1, keepdim=True) - totals) / (group_size - 1)
+    return (totals - others).reshape(-1, 1) * mask
+
+
+def kl_penalty(logprobs, ref_logprobs, estimator):
+    d = (logprobs - ref_logprobs).bfloat16()
+    return {"k1": d, "k2": d**2 / 2, "k3": (-d).exp() - 1 + d}[estimator]
+"""
+WRONG = """
+import torch
+
+
+def ppo_loss(new_logprobs, old_logprobs, advantages, mask, clip):
+    with torch.no_grad():
+        ratio = torch.exp(torch.where(mask > 0, new_logprobs - old_logprobs, 0))
+    advantages = torch.where(mask > 0, advantages, 0)
+    plain, clipped = ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages
+    loss = -torch.minimum(plain, clipped).sum() / mask.sum()
+    return loss + 0 * new_logprobs.nan_to_num().sum()
+
+
+def value_loss(values, returns, mask):
+    return (((values - returns) * mask) ** 2).sum().item() / mask.sum().item()
+"""
+
+
+@pytest.fixture(scope="module")
+def torch_reports(tmp_path_factory):
+    """Both in one process of their own: importing torch changes what every module gets."""
+    pytest.importorskip("torch")
+    folder = tmp_path_factory.mktemp("torch")
+    paths = [folder / "right.py", folder / "wrong.py"]
+    for path, source in zip(paths, (RIGHT, WRONG)):
+        path.write_text(source)
+    start = "import sys, compare\nfor x in sys.argv[1:]: print(compare.main([x, '--cases', '60']))"
+    environment = os.environ | {"PYTHONPATH": str(Path(compare.__file__).parent)}
+    command = [sys.executable, "-c", start, *paths]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert not done.stderr
+    return [" ".join(x.split()) for x in done.stdout.split("wrong.py")]
+
+
+def test_right_torch_functions_agree_gradients_included(torch_reports):
+    digits = r"agrees \(60 inputs, \d\d digits in float64, \d in float32\)"
+    for pattern in (
+        rf"ppo_loss {digits} not compared: ratio",
+        rf"value_loss {digits} yours overwrites its argument values",
+        r"rloo_advantages agrees \(60 inputs, \d digits in float32\) yours refuses float64",
+        r"kl_penalty agrees \(60 inputs, within 5%, as bfloat16 goes\)",
+    ):
+        assert re.search(pattern, torch_reports[0])
+    assert torch_reports[0].endswith(" 0")
+
+
+def test_a_torch_loss_without_its_gradient_differs(torch_reports):
+    for loss, argument in (("ppo_loss", "new_logprobs"), ("value_loss", "values")):
+        assert f"{loss} DIFFERS" in torch_reports[1]
+        words = f"the gradient of your loss with respect to {argument} is 0, ours is not"
+        assert words in torch_reports[1]
+    assert torch_reports[1].endswith(" 1")
