@@ -12,11 +12,11 @@ Reinforcement learning from human feedback as in InstructGPT, with four toy mode
 the actor writes and learns, the reward model scores whole responses, the reference is
 the actor as it began, the critic predicts the reward still to come.
 
-  prompts ─► actor ─► responses ─┬─► reward model ─► score ──────────┐
-               ▲                 ├─► reference ─► KL from the actor ─┴► rewards ─┐
-               │                 └─► critic ────► values ───────────► GAE ◄──────┘
-               │                        ▲                              │
-               └────── PPO update ──────┴───────────── advantages ◄────┘
+  prompts ─► actor ─► responses ─┬─► reward model ─► score ────────┐
+               ▲                 ├─► reference ─► KL to the actor ─┴► rewards ─┐
+               │                 └─► critic ────► values ─────────► GAE ◄──────┘
+               │                        ▲                            │
+               └────── PPO update ──────┴─────────── advantages ◄────┘
 
     1. sample prompts                           sample_prompts
     2. the actor generates responses            generate
@@ -1230,18 +1230,19 @@ def attainable_gain(models, config, rng, response_count=512):
 # ---------------------------------------------------------------- 8. the presentation
 
 PICTURE = """
-  prompts ─► actor ─► responses ─┬─► reward model ─► score ──────────┐
-               ▲                 ├─► reference ─► KL from the actor ─┴► rewards ─┐
-               │                 └─► critic ────► values ───────────► GAE ◄──────┘
-               │                        ▲                              │
-               └────── PPO update ──────┴───────────── advantages ◄────┘
+  prompts ─► actor ─► responses ─┬─► reward model ─► score ────────┐
+               ▲                 ├─► reference ─► KL to the actor ─┴► rewards ─┐
+               │                 └─► critic ────► values ─────────► GAE ◄──────┘
+               │                        ▲                            │
+               └────── PPO update ──────┴─────────── advantages ◄────┘
 """
 PICTURE_WITHOUT_CRITIC = """
-  prompts ─► actor ─► responses ─┬─► reward model ─► score ──────────┐
-               ▲                 └─► reference ─► KL from the actor ─┴► rewards ─┐
-               └─ PPO update ◄── advantages ◄── comparison in a group ◄──────────┘
+  prompts ─► actor ─► responses ─┬─► reward model ─► score ────────┐
+               ▲                 └─► reference ─► KL to the actor ─┴► rewards ─┐
+               └─ PPO update ◄── advantages ◄── comparison in a group ◄────────┘
 """
-ASCII = str.maketrans("─►▲│└┘┐┬├┤┴◄●○△…·", "->^|+++++++<ox#~.")
+ASCII = str.maketrans("─►▲│└┘┐┬├┤┴◄●○△…", "->^|+++++++<ox*~")
+MARKS = "●○△#+x%&@"
 OWNERS = ("actor", "critic", "reward", "reference", "human")
 STYLES = {  # a terminal's own theme decides on its colours; exports have theirs
     "terminal": ("dim", "cyan", "magenta", "green", "blue", "red"),
@@ -1255,7 +1256,7 @@ class Styled(RegexHighlighter):
 
     highlights = (
         r"(?m)^(?P<title>\S.*)",  # a line without indent
-        r"(?m)(?P<quiet>^    .*|\t.*)",  # narration, by its indent; notes, after a tab
+        r"(?m)(?P<quiet>^    (?! ).*|\t.*)",  # narration, by its indent; notes, after a tab
         r"(?<![\w.])(?P<figure>-?\d[\d,.]*\d|\d)",
         *(rf"(?i)\b(?P<{owner}>{owner}( model)?)\b" for owner in OWNERS),
     )
@@ -1278,7 +1279,9 @@ def page(*parts):
 
 def table(heads, rows, gap=2):
     """A table of texts, numbers to the right. heads are {head: whose numbers}."""
-    grid = Table(box=None, padding=(0, gap, 0, 0), header_style="quiet")
+    grid = Table(
+        box=None, padding=(0, gap, 0, 0), pad_edge=False, header_style="quiet"
+    )
     for (head, owner), cell in zip(heads.items(), rows[0]):
         justify = "right" if cell[:1] in "-0123456789" else "left"
         grid.add_column(head, style=owner, justify=justify, no_wrap=True)
@@ -1353,8 +1356,8 @@ Stage 2: A reward model that learns from a human's choices
   Choices between two: {config.preference_pairs}\tby the human's opinion, and some chance
   Loss: {start:.3f} -> {end:.3f}\tmean of -log sigmoid(chosen - rejected)
   Fresh pairs right: {right:.1%}\t± {noise:.1%}; by the human's opinion {best:.1%}
-    The human likes an even mix of vowels and consonants and no letter twice, from
-    0 to 1. The reward model sees only which of two was chosen; it is frozen now."""
+    The human likes an even mix of vowels and consonants, no letter twice: from 0
+    to 1. The reward model sees only which of two was chosen; it is frozen now."""
     heads = {"": "", "word": "actor", "human": "human", "score": "reward"}
     return page(text, table(heads, rows), "")
 
@@ -1381,7 +1384,7 @@ def step_pages(data, config):
   Old log probs: {mask.shape}\t{preview(data, "old_logprobs")}
     [...]: the first response's first tokens and last; mean: over all tokens. In
     nats, units of the natural logarithm: {uniform} if all tokens were alike.
-    {why} They stay as they are while step 7 changes the actor.
+    {why} They stay while step 7 changes the actor.
 """
     origin = "was trained above" if config.readable else "is random"
     yield (why := "Why one number for a whole response?")
@@ -1399,9 +1402,9 @@ def step_pages(data, config):
   KL divergence per token: {mask.shape}\t{listed(data["kl"][0][mask[0] != 0], 3, " ")}
   Mean KL: {mean_of(data, "kl")}\tnats a token, by {config.kl_estimator}
   Exact KL: {mean_of(data, "exact_kl")}\tby a sum over all {config.vocab_size} tokens
-    KL: how far the actor has moved from the reference. At its start that would be
-    0; this one was moved by --drift {config.drift:g}, as if training had begun.
-    The sum costs too much in training. Estimates from the sampled token alone:
+    KL: how far the actor is from the reference. At its start that would be 0;
+    this one was moved by --drift {config.drift:g}, as if training had begun. The sum
+    costs too much in training. Estimates from the sampled token alone:
     k1 = log p_actor - log p_reference, k2 = k1²/2, k3 = exp(-k1) - 1 + k1, here
     {" ".join(means)} in the mean. As a reward only k1 has KL's gradient.
     {why} k1 is, on {real_mean(data["k1"] < 0, mask):.0%} of them:
@@ -1415,7 +1418,7 @@ def step_pages(data, config):
   Total rewards: {listed(totals)}
     The first: {score:.6g} - {config.beta:g} * {kl:.6g} = {fixed(totals[0])}, its KL summed.
     By token: {by_token}: -β * KL each, the last + score.
-    {why} Before it, nothing could be judged.
+    {why} It judges what is complete.
 """
     yield (why := "Why advantages, and not the rewards themselves?")
     yield advantages_text(data, config, why)
@@ -1432,13 +1435,13 @@ def advantages_text(data, config, why):
   Critic forward pass...
   Values: {shape}\t{preview(data, "values")}
   GAE advantages: {shape}\t{preview(data, "advantages")}
-{whitened}    Value: the reward still to be expected, as the critic sees it before a token is
-    chosen. GAE, generalized advantage estimation: how much better it turned out.
+{whitened}    Value: the reward that the critic expects before a token is chosen. GAE,
+    generalized advantage estimation: how much better it turned out.
     δ[t] = reward[t] + γ value[t+1] - value[t]           γ = {config.gamma:g}, λ = {config.lam:g};
     advantage[t] = δ[t] + γ λ advantage[t+1]             all are 0 past the end
     return[t] = advantage[t] + value[t]                  reward still to come
-    {why} A reward may be high and still
-    less than was expected. Whitened, to mean 0 and variance 1: the update must not
+    {why} A high reward may still be
+    less than expected. Whitened, to mean 0 and variance 1: the update must not
     grow with the scale of the scores.
 """
     totals = data["rewards"].sum(axis=1)[: config.group_size]
@@ -1451,10 +1454,10 @@ def advantages_text(data, config, why):
     return f"""Step 6: Compute advantages ({config.advantage}, no critic)
   Group advantages: {shape}\t{preview(data, "advantages")}
 {whitened}    Total rewards R of the first group: {listed(totals)}
-    Its advantages, one for all tokens of a response: {listed(advantages)}
+    Its advantages, one for all tokens: {listed(advantages)}
     The first: {formula} = {fixed(advantages[0])}.
-    {why} What else was written to the prompt
-    says what was to be expected, as a critic would.
+    {why} What else was written to
+    the prompt says what was to be expected, as a critic would.
 """
 
 
@@ -1470,16 +1473,17 @@ def update_page(data, config, why):
         ratios = f"{ratio[real].min():.3f} .. {ratio[real].max():.3f}"
         figures = [fixed(values[epoch], 4) for values in losses.values()]
         rows.append([str(epoch + 1), ratios, f"{clipped[real].mean():.1%}", *figures])
+    critic = "    critic loss = mean of (value - return)²" * ("critic" in losses)
     last = [f"  {o.title()} loss: {fixed(v[-1], 3)}\n" for o, v in losses.items()]
     formulas = f"""Step 7: PPO update
   Ratio = exp(new_log_prob - old_log_prob)
   Clipped ratio: clip(ratio, {low}, {high})
     actor loss = mean of -min(ratio * A, clipped ratio * A), A: last of step 6
-    critic loss = mean of (value - return)²"""
+{critic}""".rstrip()
     answer = f"""{"".join(last)}    {why} At first the
-    weights are those that generated; the loss is then minus the mean of A, about 0,
-    but its gradient is not. Clipped are tokens above {high} where A > 0, below {low}
-    where A < 0: they gain no more, so one batch moves no token far.
+    weights are those that generated; the loss is then minus the mean of A, about
+    0, but its gradient is not. Clipped are tokens above {high} where A > 0, below
+    {low} where A < 0: they gain no more, so one batch moves no token far.
 
   Update complete!
 """
@@ -1505,8 +1509,8 @@ def effect_page(data, models, config):
     forward = backward + len(learning) + 2
     note = f"""    mean A: of the advantage that acts, over the tokens. What was better than
     expected became more probable, what was worse less so: that is RLHF.
-    It cost {forward} forward and {backward} backward passes. Adam's m and v, running means of the
-    gradient and of its square, take twice the {weights:.2f} MB of weights that learn.
+    It cost {forward} forward and {backward} backward passes. Adam's m and v, running means of
+    the gradient and its square, take twice the {weights:.2f} MB of learning weights.
 """
     return page("What the update did", table(heads, rows), note)
 
@@ -1523,16 +1527,16 @@ def response_page(data, config, row):
     for t in np.flatnonzero(data["mask"][row]):
         token = data["responses"][row, t]
         token = LETTERS[token] if config.readable else str(token)
-        figures = [fixed(data[name][row, t], 3) for name, _, _ in ledger]
+        figures = [fixed(data[name][row, t]) for name, _, _ in ledger]
         ratio = fixed(data["ratio"][-1, row, t])
         ratio += "*" if data["clipped"][-1, row, t] else ""
         rows.append([str(t), token, *figures, ratio])
     heads = {"t": "", "tok": "actor"} | {head: owner for _, head, owner in ledger}
     text = texts_of(data["prompts"], data["responses"], config)[row]
     score = fixed(data["scores"][row])
-    note = """    actor, ref: log probabilities; adv: advantage, and A as it acts; ratio: in the
-    last epoch, * if clipped. With a critic, and 0 past the end: TD = reward +
-    γ value[t+1] - value, adv = TD + γ λ adv[t+1], return = adv + value.
+    note = """    actor, ref: log probabilities; adv: advantage, and A as it acts; ratio: in
+    the last epoch, * if clipped. With a critic, and 0 past the end: TD = reward
+    + γ value[t+1] - value, adv = TD + γ λ adv[t+1], return = adv + value.
 """
     title = f"Response {row} in all steps: {text} with score {score}"
     return page(title, table(heads | {"ratio": "actor"}, rows, gap=1), note)
@@ -1552,10 +1556,10 @@ def what_happened(history):
     elif words[-1] < 0.7 * words[0]:
         verdict = "Words are being lost"
     elif human[-1] >= 0.9:
-        verdict = "Liked better, still words"
+        verdict = "Better liked, still words"
     start, best, end = map(fixed, (human[0], human.max(), human[-1]))
     words = f"words {fixed(words[0])} to {fixed(words[-1])}"
-    return f"{verdict}: human {start} to {end} (best {best}), {words}"
+    return f"{verdict}: human {start}, best {best}, end {end}; {words}"
 
 
 def figures_in(metrics):
@@ -1585,8 +1589,8 @@ def training_page(run):
     heads |= {"clipped": "actor", "two responses": "actor"}
     text = f"""=== RLHF Training, {run["label"]} ===
     {config.steps} steps of {config.batch_size} responses; rows are means over stretches of steps.
-    score: of the reward model; KL: nats a response; clipped: tokens that PPO's clip
-    stopped; two responses: of the stretch's last step."""
+    score: of the reward model; KL: nats a response; clipped: tokens that PPO's
+    clip stopped; two responses: of the stretch's last step."""
     note = "\n" * (not config.readable)
     if config.readable:
         text += "\n    human: its opinion, 0 to 1, * best; words: share of real ones."
@@ -1600,9 +1604,9 @@ def chart_page(runs, width=60, height=9):
     """The human's opinion over KL; the score's course, where nobody can read."""
     readable, shares = runs[0]["config"].readable, min(60, runs[0]["config"].steps)
     metric = "objective/human_scores" if readable else "objective/scores"
-    points, legend = [], []
-    for run, mark in zip(runs, "●○△#" * len(runs)):
-        legend.append(f"{mark} {run['label']}")
+    points, legend = [], ""
+    for run, mark in zip(runs, MARKS * len(runs)):
+        legend += f"          {mark} {run['label']}\n"
         kl = np.array_split(run["history"]["objective/kl"], shares)
         opinion = np.array_split(run["history"][metric], shares)
         for x, y in zip(kl, opinion):  # means over shares of the run, against noise
@@ -1618,8 +1622,7 @@ def chart_page(runs, width=60, height=9):
     end = f"KL in nats, on a scale of square roots: to {right**2:.1f}"
     text = f"""{"".join(rows)}         └{"─" * width}
           {end:>{width}}
-          {"   ".join(legend)}
-"""
+{legend}"""
     title = "The human's opinion over KL" if readable else "The score over KL"
     return page(f"{title}, from the start at the left", Text(text))
 
@@ -1649,9 +1652,9 @@ def outcome_page(runs):
             rows[-1] += [in_units(outcome, name) for name in LIMITS.values()]
             errors = [in_units(outcome, f"{name}_error") for name in LIMITS.values()]
             rows.append([*blank, *errors])
-    note = """    J = score - β * KL is maximised; J before: of the reference; J*: the most that a
-    policy can reach; share: of the way from J before to J*, in percent, and a dash
-    where β is 0 or J* cannot be told from so few responses.
+    note = """    J = score - β * KL is maximised; J before: of the reference; J*: the most
+    that a policy can reach; share: of the way from J before to J*, in percent,
+    a dash where β is 0 or J* cannot be told from so few responses.
 """
     if not theory:
         note = "    At these sizes a comparison with theory would take long.\n"
@@ -1700,7 +1703,7 @@ def make_parser():
     """The flags: one for each field of Config, and those of what is shown and saved."""
     parser = argparse.ArgumentParser("rlhf_loop_pseudo.py", "%(prog)s [flags]", ABOUT)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = EXAMPLES
+    parser.epilog, parser.allow_abbrev = EXAMPLES, False
     groups = "sizes", "algorithm (several beta or advantage: compared)", "output"
     sizes, algorithm, output = map(parser.add_argument_group, groups)
     sizes.add_argument("--preset", choices=PRESETS, help="what to start from (gpt2)")
@@ -1925,12 +1928,13 @@ def train_and_watch(run, models):
 def saved(configs, arrays, runs):
     """All arrays, and the configuration as JSON, as bytes; several runs a row each."""
     rows, config, steps = {}, {}, configs[0].steps
-    for run in runs:
+    for row, run in enumerate(runs):  # what an interrupted run lacks is NaN
         for name, values in run["history"].items():
-            missing = [np.nan] * (steps - len(values))
-            rows.setdefault(name, []).append([*values, *missing])
+            metric = rows.setdefault(name, np.full((len(configs), steps), np.nan))
+            metric[row, : len(values)] = values
         for name, value in run["outcome"].items():
-            rows.setdefault(f"theory/{name}", []).append(value)
+            theory = rows.setdefault(f"theory/{name}", np.full(len(configs), np.nan))
+            theory[row] = value
     if len(configs) == 1:
         rows = {name: values[0] for name, values in rows.items()}
     for name, value in vars(configs[0]).items():

@@ -1,15 +1,17 @@
-"""How fast the loop is and how its cost grows, as ratios taken in one run. No test and no gate.
+"""How fast the loop is, how much memory it takes and how its cost grows. No test and no gate.
 
-    python tests/benchmark.py            the module against itself
-    python tests/benchmark.py --torch    and against the same steps in PyTorch (CPU, eager)
+    python tests/benchmark.py            the script against itself
+    python tests/benchmark.py --torch    and against the same in PyTorch (CPU, eager)
 
-A ratio is the median over rounds in which what is compared takes turns, after a warm-up: it carries over to other
-machines, where a time in seconds would not. What is compared is processor time, with one thread a side: on an idle
-machine the same as the clock's, on a busy one less disturbed. Sizes are the defaults unless a row names others.
+A ratio is the median over rounds in which what is compared takes turns, after a warm-up: it
+carries over to other machines, where a time in seconds would not. What is compared is
+processor time, with one thread a side: on an idle machine the same as the clock's, on a busy
+one less disturbed. Sizes are the defaults unless a row names others.
 """
 
 import argparse
 import importlib
+import json
 import os
 import resource
 import subprocess
@@ -17,18 +19,19 @@ import sys
 from functools import partial
 from pathlib import Path
 
-os.environ["OPENBLAS_NUM_THREADS"] = "1"  # before numpy, which reads it once
+for library in ("OPENBLAS", "MKL", "OMP"):
+    os.environ[f"{library}_NUM_THREADS"] = "1"  # before numpy, which reads it once
 
 import numpy as np
 
+loop = torch = None  # imported where they are needed: each is timed without the other
 SCRIPT = Path(__file__).resolve().parents[1] / "rlhf_loop_pseudo.py"
-sys.path.insert(0, str(SCRIPT.parent))
-loop = importlib.import_module("rlhf_loop_pseudo")
 
-# prints the peak memory of the one command it runs: RUSAGE_CHILDREN is the maximum over all children
+# Prints the peak memory of the one command that it runs, as RUSAGE_CHILDREN is the largest.
 PEAK = """import resource, subprocess, sys
 subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL, check=True)
-print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6)"""
+unit = 1 if sys.platform == "darwin" else 1024
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit / 1e6)"""
 
 
 def seconds(action):
@@ -43,35 +46,43 @@ def ratios(rounds, base, *actions):
     """Time of each action as a multiple of base's: medians over rounds in which all take turns."""
     for action in (base, *actions):
         action()
-    times = np.array([[seconds(action) for action in (base, *actions)] for _ in range(rounds)])
-    return np.median(times[:, 1:] / times[:, :1], axis=0)
+    times = [[seconds(action) for action in (base, *actions)] for _ in range(rounds)]
+    return np.median([np.divide(row[1:], row[0]) for row in times], axis=0)
 
 
-def peak(*arguments):
-    """Peak memory in MB of the module run with these arguments; it hardly varies, so one run is enough."""
-    return float(subprocess.check_output([sys.executable, "-c", PEAK, sys.executable, str(SCRIPT), *arguments]))
+def run(*command):
+    """Run a command of this interpreter, without its output."""
+    subprocess.run([sys.executable, *command], stdout=subprocess.DEVNULL, check=True)
 
 
-def show(name, measured, limit, aim, unit="x"):
+def peak(*command):
+    """Peak memory of such a command in MB; it hardly varies, so one run is enough."""
+    command = [sys.executable, "-c", PEAK, sys.executable, *command]
+    return float(subprocess.check_output(command))
+
+
+def show(name, measured, limit, unit="x"):
     """Print one row."""
-    reached = "aim" if measured <= aim else "limit" if measured <= limit else "NEITHER"
-    cells = [f"{measured:.{2 if unit == 'x' else 0}f}{unit}", f"{limit:g}{unit}", f"{aim:g}{unit}", reached]
-    print(f"{name:46}{''.join(cell.rjust(8) for cell in cells)}", flush=True)
+    digits = {"x": 2, " s": 1, " MB": 0}[unit]
+    verdict = "" if limit is None else "within" if measured <= limit else "ABOVE"
+    limit = "" if limit is None else f"{limit:g}{unit}"
+    print(f"{name:58}{measured:>9.{digits}f}{unit:3}{limit:>9}  {verdict}", flush=True)
 
 
 def gradient_inputs(config):
     """Arguments of actor_gradients, at random."""
-    rng, size = np.random.default_rng(config.seed), (config.batch_size, config.prompt_length + config.response_length)
+    rng, length = np.random.default_rng(config.seed), config.prompt_length + config.response_length
     actor = loop.init_models(config, rng).actor
-    prompts, responses = np.split(rng.integers(0, config.vocab_size - 1, size), [config.prompt_length], axis=1)
+    tokens = rng.integers(0, config.vocab_size - 1, (config.batch_size, length))
+    prompts, responses = np.split(tokens, [config.prompt_length], axis=1)
     logprobs = loop.token_logprobs(actor, prompts, responses)
     advantages = rng.standard_normal(logprobs.shape, dtype=np.float32)
     return actor, prompts, responses, logprobs, advantages, np.ones_like(logprobs), config.clip
 
 
 def fastest_floor(count, head):
-    """A function that does only what no actor_gradients can spare, in the slices that suit this machine best."""
-    states = np.random.default_rng(0).standard_normal((count, len(head)), dtype=head.dtype)  # (N, D)
+    """Only what no actor_gradients can spare, in the slices that suit this machine best."""
+    states = np.random.default_rng(0).standard_normal((count, len(head)), dtype=head.dtype)
 
     def floor(n, v):
         for row in range(0, len(states), n):
@@ -83,8 +94,8 @@ def fastest_floor(count, head):
                 matrix @ columns.T  # (n, v) @ (v, D)
 
     floors = []
-    for numbers in (500_000, 1_000_000, 2_000_000):  # of some rows and all columns, and the other way round
-        shapes = (numbers // head.shape[1], head.shape[1]), (len(states), numbers // len(states))
+    for numbers in (500_000, 1_000_000, 2_000_000):  # of all columns, and of all rows
+        shapes = (numbers // head.shape[1], head.shape[1]), (count, numbers // count)
         floors += [partial(floor, *shape) for shape in shapes]
     return floors[np.argmin([1, *ratios(5, *floors)])]
 
@@ -98,30 +109,46 @@ def train(config):
 # ------------------------------------------------------------------ the same in PyTorch
 
 
-def tensors(model):
-    """A model's arrays as tensors that learn."""
-    return {name: torch.tensor(array, requires_grad=True) for name, array in model.items()}
+def torch_model(vocab_size, width, out_width, scale=1.0):
+    """Weights as init_model draws them."""
+    sizes = ("embed", vocab_size, width, 0.1), ("mix", width, width, 5 / width**0.5)
+    sizes += (("head", width, out_width, scale / width**0.5),)
+    return {n: (torch.rand(r, c) - 0.5) * 12**0.5 * deviation for n, r, c, deviation in sizes}
+
+
+def torch_models(c):
+    """Actor and critic that learn, reward model and reference, as init_models makes them."""
+    reference, noise = (torch_model(c.vocab_size, c.width, c.vocab_size) for _ in range(2))
+    actor = {name: reference[name] + c.drift * noise[name] for name in reference}
+    reward_model = {**reference, "head": torch_model(1, c.width, 1, 2.5)["head"]}
+    critic = {name: weights.clone() for name, weights in reference.items()}
+    critic["head"] = c.drift * torch_model(1, c.width, 1)["head"]
+    for weights in (*actor.values(), *critic.values()):
+        weights.requires_grad_()
+    return actor, critic, reward_model, reference
 
 
 def torch_hidden(model, tokens):
     """backbone. (B, S) -> (B, S, D)."""
     x = model["embed"][tokens]
-    roots = torch.sqrt(torch.arange(1, x.shape[1] + 1, dtype=x.dtype))[:, None]
+    roots = torch.arange(1, x.shape[1] + 1, dtype=x.dtype).sqrt()[:, None]
     return torch.tanh(x + torch.cumsum(x, 1) / roots @ model["mix"])
 
 
 def torch_outputs(model, prompts, responses):
     """Logits (B, T, V) or values (B, T, 1)."""
-    return torch_hidden(model, torch.cat([prompts, responses[:, :-1]], 1))[:, prompts.shape[1] - 1 :] @ model["head"]
+    hidden = torch_hidden(model, torch.cat([prompts, responses[:, :-1]], 1))
+    return hidden[:, prompts.shape[1] - 1 :] @ model["head"]
 
 
 def torch_logprobs(model, prompts, responses):
     """token_logprobs. Returns (B, T)."""
-    return torch.log_softmax(torch_outputs(model, prompts, responses), -1).gather(2, responses[..., None])[..., 0]
+    logprobs = torch.log_softmax(torch_outputs(model, prompts, responses), -1)
+    return logprobs.gather(2, responses[..., None])[..., 0]
 
 
 def torch_generate(actor, prompts, length, eos_token):
-    """generate with keep_logits=False. Returns responses, mask, logprobs, (B, T) each."""
+    """generate. Returns responses, mask, logprobs, (B, T) each."""
     context_sum, token = actor["embed"][prompts].sum(1), prompts[:, -1]
     running, columns = torch.ones(len(prompts), dtype=torch.bool), []
     for t in range(length):
@@ -129,49 +156,109 @@ def torch_generate(actor, prompts, length, eos_token):
         hidden = torch.tanh(actor["embed"][token] + context @ actor["mix"])
         logprobs = torch.log_softmax(hidden @ actor["head"], -1)  # (B, D) -> (B, V)
         token = torch.where(running, torch.multinomial(logprobs.exp(), 1)[:, 0], eos_token)
-        columns.append((token, running.float(), logprobs.gather(1, token[:, None])[:, 0] * running))
+        chosen = logprobs.gather(1, token[:, None])[:, 0]
+        columns.append((token, running.float(), chosen * running))
         running = running & (token != eos_token)
         context_sum = context_sum + actor["embed"][token]
     return [torch.stack(column, 1) for column in zip(*columns)]
 
 
-def torch_policy_loss(actor, prompts, responses, logprobs, advantages, mask, clip):
-    """ppo_loss of the actor as it is now."""
-    ratio = torch.exp((torch_logprobs(actor, prompts, responses) - logprobs) * mask)
-    return -(torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages) * mask).sum() / mask.sum()
+def torch_advantages(rewards, values, mask, c):
+    """gae and whiten. Returns whitened advantages, returns and TD errors, (B, T) each."""
+    following = torch.cat([values[:, 1:], torch.zeros(len(values), 1)], 1)
+    errors = (rewards + c.gamma * following - values) * mask
+    advantage, columns = torch.zeros(len(values)), []
+    for t in reversed(range(values.shape[1])):
+        advantage = errors[:, t] + c.gamma * c.lam * advantage
+        columns.append(advantage)
+    advantages = torch.stack(columns[::-1], 1) * mask
+    real = advantages[mask.bool()]
+    whitened = (advantages - real.mean()) / (real.var() + 1e-8).sqrt() * mask
+    return whitened, advantages + values, errors
 
 
-def torch_batch(actor, critic, reward_model, reference, config):
-    """Steps 1 to 6. Returns the arguments of torch_policy_loss, and returns."""
-    prompts = torch.randint(0, config.vocab_size - 1, (config.batch_size, config.prompt_length))
-    responses, mask, logprobs = torch_generate(actor, prompts, config.response_length, config.vocab_size - 1)
-    last = config.prompt_length + mask.sum(1).long() - 1
-    hidden = torch_hidden(reward_model, torch.cat([prompts, responses], 1))[torch.arange(len(last)), last]
-    scores = (hidden @ reward_model["head"])[:, 0].numpy()
-    kl = ((logprobs - torch_logprobs(reference, prompts, responses)) * mask).numpy()
-    values = (torch_outputs(critic, prompts, responses)[..., 0] * mask).numpy()
-    rewards = loop.shape_rewards(scores, kl, mask.numpy(), config.beta)
-    advantages, returns = loop.gae(rewards, values, mask.numpy(), config.gamma, config.lam)
-    whitened = torch.from_numpy(loop.whiten(advantages, mask.numpy()))
-    return (prompts, responses, logprobs, whitened, mask, config.clip), torch.from_numpy(returns)
+def torch_policy_loss(actor, prompts, responses, old_logprobs, advantages, mask, clip):
+    """ppo_loss of the actor as it is now, and the ratio."""
+    log_ratio = (torch_logprobs(actor, prompts, responses) - old_logprobs) * mask
+    ratio = torch.exp(log_ratio)
+    gain = torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
+    return -(gain * mask).sum() / mask.sum(), ratio
 
 
-def torch_train(config):
-    """train, of which only steps 5 and 6 are the module's."""
-    models = loop.init_models(config, np.random.default_rng(config.seed))
-    actor, critic, *frozen = map(tensors, models)
-    optimizers = [torch.optim.Adam(model.values()) for model in (actor, critic)]
-    for step in range(config.steps):
+def torch_experience(models, prompts, c):
+    """Steps 2 to 6. Returns their arrays by name."""
+    actor, critic, reward_model, reference = models
+    responses, mask, old_logprobs = torch_generate(
+        actor, prompts, c.response_length, c.vocab_size - 1
+    )
+    last = prompts.shape[1] + mask.sum(1).long() - 1
+    rows, tokens = torch.arange(len(last)), torch.cat([prompts, responses], 1)
+    scores = (torch_hidden(reward_model, tokens)[rows, last] @ reward_model["head"])[:, 0]
+    ref_logprobs = torch_logprobs(reference, prompts, responses) * mask
+    kl = old_logprobs - ref_logprobs
+    rewards = -c.beta * kl
+    rewards[rows, last - prompts.shape[1]] += scores
+    values = torch_outputs(critic, prompts, responses)[..., 0] * mask
+    whitened, returns, errors = torch_advantages(rewards, values, mask, c)
+    seen = {"responses": responses, "mask": mask, "old_logprobs": old_logprobs, "scores": scores}
+    seen |= {"ref_logprobs": ref_logprobs, "kl": kl, "rewards": rewards, "values": values}
+    return seen | {"whitened": whitened, "returns": returns, "errors": errors}
+
+
+def torch_update(models, optimizers, prompts, seen, c):
+    """Step 7, an epoch: losses and ratio."""
+    actor, critic = models[:2]
+    batch = [seen[name] for name in ("responses", "old_logprobs", "whitened", "mask")]
+    loss, ratio = torch_policy_loss(actor, prompts, *batch, c.clip)
+    values = torch_outputs(critic, prompts, seen["responses"])[..., 0]
+    error = (((values - seen["returns"]) * seen["mask"]) ** 2).sum() / seen["mask"].sum()
+    for optimizer, objective in zip(optimizers, (loss, error)):
+        optimizer.zero_grad()
+        objective.backward()
+        optimizer.step()
+    return loss.detach(), error.detach(), ratio.detach()
+
+
+def torch_train(c):
+    """train."""
+    models = torch_models(c)
+    optimizers = [torch.optim.Adam(model.values()) for model in models[:2]]
+    for step in range(c.steps):
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = c.learning_rate * (1 - step / c.steps)
+        prompts = torch.randint(0, c.vocab_size - 1, (c.batch_size, c.prompt_length))
         with torch.no_grad():
-            batch, returns = torch_batch(actor, critic, *frozen, config)
-        prompts, responses, _, _, mask, _ = batch
-        for _ in range(config.ppo_epochs):
-            error = (torch_outputs(critic, prompts, responses)[..., 0] - returns) * mask
-            for optimizer, loss in zip(optimizers, (torch_policy_loss(actor, *batch), (error**2).sum() / mask.sum())):
-                optimizer.param_groups[0]["lr"] = config.learning_rate * (1 - step / config.steps)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
+            seen = torch_experience(models, prompts, c)
+        for _ in range(c.ppo_epochs):
+            torch_update(models, optimizers, prompts, seen, c)
+
+
+def torch_walk_through(prompts, c):
+    """One step, with all that the walk-through shows of it."""
+    models, prompts = torch_models(c), torch.tensor(prompts)
+    optimizers = [torch.optim.Adam(model.values(), c.learning_rate) for model in models[:2]]
+    with torch.no_grad():
+        seen = torch_experience(models, prompts, c)
+        mask, k1 = seen["mask"], seen["kl"]
+        logits = torch_outputs(models[0], prompts, seen["responses"])
+        log_p = torch.log_softmax(logits, -1)
+        log_q = torch.log_softmax(torch_outputs(models[3], prompts, seen["responses"]), -1)
+        exact = (log_p.exp() * (log_p - log_q)).sum(-1) * mask
+        estimates = [(x * mask).sum() / mask.sum() for x in (k1, k1**2 / 2, torch.expm1(-k1) + k1)]
+        print(prompts.shape, logits.shape, exact.sum() / mask.sum(), *estimates)
+        del logits, log_p, log_q
+    for name, array in seen.items():
+        print(name, tuple(array.shape), array.ravel()[:3].tolist(), array.double().mean())
+    print("total rewards", seen["rewards"].sum(1).tolist())
+    for _ in range(c.ppo_epochs):
+        loss, error, ratio = torch_update(models, optimizers, prompts, seen, c)
+        gain = ratio * seen["whitened"]
+        clipped = gain > ratio.clamp(1 - c.clip, 1 + c.clip) * seen["whitened"]
+        print(ratio.min(), ratio.max(), clipped.float().mean(), loss, error)
+    with torch.no_grad():
+        after = (torch_logprobs(models[0], prompts, seen["responses"]) * mask).sum(1)
+    before, judged = seen["old_logprobs"].sum(1), seen["whitened"].sum(1) / mask.sum(1)
+    print(judged.tolist(), before.tolist(), after.tolist(), (after - before).tolist())
 
 
 # ------------------------------------------------------------------ the table
@@ -179,47 +266,61 @@ def torch_train(config):
 
 def show_torch_rows(config, inputs):
     """What is compared with PyTorch; inputs are those of actor_gradients."""
-    commands = [sys.executable, "-c", "import torch"], [sys.executable, str(SCRIPT)]
-    processes = [partial(subprocess.run, each, stdout=subprocess.DEVNULL, check=True) for each in commands]
-    show("walk-through, whole process / import torch", *ratios(9, *processes), 0.75, 0.6)
-    torch.set_num_threads(1)
-    actor, (prompts, *rest) = tensors(inputs[0]), map(torch.from_numpy, inputs[1:-1])
-    rng, length, eos_token = np.random.default_rng(config.seed), config.response_length, config.vocab_size - 1
+    prompts = np.random.default_rng(0).integers(
+        0, config.vocab_size - 1, (config.batch_size, config.prompt_length)
+    )
+    step = json.dumps({"prompts": prompts.tolist(), **vars(config)})
+    same_step = __file__, "--torch-step", step
+    measured = ratios(7, partial(run, *same_step), partial(run, str(SCRIPT)))
+    show("walk-through / the same step in PyTorch, whole processes", *measured, 0.35)
+    show("peak memory of that step in PyTorch", peak(*same_step), None, " MB")
+    actor = {name: torch.tensor(w, requires_grad=True) for name, w in inputs[0].items()}
+    prompts, *rest = map(torch.from_numpy, inputs[1:-1])
 
     def torch_gradients():
-        torch.autograd.grad(torch_policy_loss(actor, prompts, *rest, config.clip), list(actor.values()))
+        loss, _ = torch_policy_loss(actor, prompts, *rest, config.clip)
+        torch.autograd.grad(loss, list(actor.values()))
 
-    torch_sampling = partial(torch.no_grad()(torch_generate), actor, prompts, length, eos_token)
-    sampling = partial(loop.generate, *inputs[:2], length, rng, eos_token, keep_logits=False)
-    letters = loop.Config(vocab_size=27, batch_size=64, prompt_length=8, response_length=16, drift=0.0, steps=20)
-    training = partial(torch_train, letters), partial(train, letters)
-    show("actor_gradients / PyTorch", *ratios(7, torch_gradients, partial(loop.actor_gradients, *inputs)), 0.5, 0.3)
-    show("generate / PyTorch", *ratios(7, torch_sampling, sampling), 0.4, 0.2)
-    show("training, preset letters / PyTorch", *ratios(7, *training), 1, 0.5)
+    measured = ratios(7, torch_gradients, partial(loop.actor_gradients, *inputs))
+    show("actor_gradients / PyTorch", *measured, 0.5)
+    letters = loop.Config(**{**loop.PRESETS["letters"], "drift": 0.0, "steps": 20})
+    measured = ratios(7, partial(torch_train, letters), partial(train, letters))
+    show("the loop, preset letters / PyTorch", *measured, 0.7)
 
 
 def main():
     """Print the table, a row as soon as it is measured."""
-    print(f"{f'numpy {np.__version__}':46}measured   limit     aim reached", flush=True)
+    print(f"{f'numpy {np.__version__}':58}{'measured':>12}{'limit':>9}", flush=True)
     inputs = gradient_inputs(loop.Config())
-    floor = fastest_floor(inputs[2].size, inputs[0]["head"])
-    measured = ratios(15, floor, partial(loop.actor_gradients, *inputs))
-    show("actor_gradients / three products and an exp", *measured, 1.75, 1.5)
     if torch:
         show_torch_rows(loop.Config(), inputs)
-    show("walk-through, peak memory", peak(), 250, 200, " MB")
-    small = ("--steps=2", "--prompt-length=16", "--response-length=16")
-    more = peak(*small, "--batch-size=64") - peak(*small, "--batch-size=4")
-    show("peak, 2 steps of P 16, T 16: B 64 less B 4", more, 80, 20, " MB")
-    half = {"steps": 2, "batch_size": 2, "prompt_length": 32, "response_length": 64, "vocab_size": 25128}
+    floor = fastest_floor(inputs[2].size, inputs[0]["head"])
+    measured = ratios(15, floor, partial(loop.actor_gradients, *inputs))
+    show("actor_gradients / three products and an exp", *measured, 2.2)
+    show("walk-through, peak memory", peak(str(SCRIPT)), 250, " MB")
+    letters = partial(run, str(SCRIPT), "--preset", "letters", "--steps", "200")
+    taken = np.median([seconds(letters) for _ in range(3)])
+    show("letters, 200 steps, whole process: processor time", taken, 5, " s")
+    half = {"batch_size": 2, "prompt_length": 32, "response_length": 64, "vocab_size": 25128}
     doubled = ({name: 2 * half[name]} for name in ("batch_size", "response_length", "vocab_size"))
-    runs = [partial(train, loop.Config(**{**half, **each})) for each in ({}, *doubled)]
-    for letter, measured in zip("BTV", ratios(5, *runs)):
-        show(f"loop when {letter} doubles, from half of all sizes", measured, 2.3, 2.05)
+    sizes = ({**half, "steps": 2, **more} for more in ({}, *doubled))
+    measured = ratios(5, *(partial(train, loop.Config(**size)) for size in sizes))
+    for letter, ratio in zip("BTV", measured):
+        show(f"the loop when {letter} doubles, from half of all sizes", ratio, 2.3)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="How fast the loop is, as ratios.", allow_abbrev=False)
-    parser.add_argument("--torch", action="store_true", help="compare with PyTorch, which has to be installed")
-    torch = importlib.import_module("torch") if parser.parse_args().torch else None
-    main()
+    parser = argparse.ArgumentParser(description="How fast the loop is.", allow_abbrev=False)
+    parser.add_argument("--torch", action="store_true", help="compare with PyTorch, if installed")
+    parser.add_argument("--torch-step", help=argparse.SUPPRESS)  # that whole process, by itself
+    options = parser.parse_args()
+    if options.torch or options.torch_step:
+        torch = importlib.import_module("torch")
+        torch.set_num_threads(1)
+    if options.torch_step:
+        settings = json.loads(options.torch_step)
+        torch_walk_through(settings.pop("prompts"), argparse.Namespace(**settings))
+    else:
+        sys.path.insert(0, str(SCRIPT.parent))
+        loop = importlib.import_module("rlhf_loop_pseudo")
+        main()

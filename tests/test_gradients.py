@@ -1,12 +1,12 @@
-"""The hand-written gradients against automatic differentiation, in float64, with masks that really mask."""
+"""The hand-written gradients against automatic differentiation, in float64, masks and all."""
 
 import autograd.numpy as anp
 import numpy as np
 import pytest
 from autograd import elementwise_grad, grad
-from conftest import Batch, one_head, read_only
 
 import rlhf_loop_pseudo as loop
+from conftest import Batch, SlowAdam, last_real, one_head, read_only
 
 CLIP = 0.2
 
@@ -14,29 +14,27 @@ CLIP = 0.2
 def hidden_states(model, tokens):
     """Hidden states after each token, as the design gives them, differentiable."""
     x = model["embed"][tokens]
-    length = tokens.shape[1]
-    context = anp.stack([anp.sum(x[:, : t + 1], axis=1) / anp.sqrt(t + 1.0) for t in range(length)], axis=1)
-    return anp.tanh(x + anp.dot(context, model["mix"]))
+    so_far = [anp.sum(x[:, : t + 1], axis=1) / (t + 1) ** 0.5 for t in range(tokens.shape[1])]
+    return anp.tanh(x + anp.dot(anp.stack(so_far, axis=1), model["mix"]))
 
 
-def states_before(model, prompts, responses):
-    """Hidden states before each response token."""
+def outputs_before(model, prompts, responses):
+    """What the head makes of the state before each response token."""
     tokens = np.concatenate([prompts, responses], axis=1)[:, :-1]
-    return hidden_states(model, tokens)[:, prompts.shape[1] - 1 :]
+    return anp.dot(hidden_states(model, tokens)[:, prompts.shape[1] - 1 :], model["head"])
 
 
 def logprobs_of(model, prompts, responses):
     """Log probabilities of the responses, differentiable."""
-    logits = anp.dot(states_before(model, prompts, responses), model["head"])
-    logits = logits - anp.log(anp.sum(anp.exp(logits), axis=-1, keepdims=True))
+    logits = outputs_before(model, prompts, responses)
     rows, columns = np.indices(responses.shape)
-    return logits[rows, columns, responses]
+    return logits[rows, columns, responses] - anp.log(anp.sum(anp.exp(logits), axis=-1))
 
 
 def scores_of(model, prompts, responses, mask):
     """Scores of the responses, differentiable."""
-    last = [prompts.shape[1] + max(np.flatnonzero(row)) for row in mask]
     states = hidden_states(model, np.concatenate([prompts, responses], axis=1))
+    last = np.add(last_real(mask), prompts.shape[1])
     return anp.dot(states[np.arange(len(mask)), last], model["head"])[:, 0]
 
 
@@ -54,7 +52,7 @@ def squared_error(values, returns, mask):
 
 def bradley_terry(chosen, rejected):
     """The reward model's loss, differentiable."""
-    return -anp.mean(anp.log(1 / (1 + anp.exp(-(chosen - rejected)))))
+    return anp.mean(anp.log(1 + anp.exp(rejected - chosen)))
 
 
 def filled(batch):
@@ -62,43 +60,42 @@ def filled(batch):
     return batch.rng.standard_normal(batch.mask.shape)
 
 
-def assert_same_gradients(gradients, expected):
-    assert gradients.keys() == expected.keys()
-    for name in expected:
-        np.testing.assert_allclose(gradients[name], expected[name], rtol=1e-8, atol=1e-12, err_msg=name)
+def assert_derivatives(ours, objective, *arguments):
+    """Our loss and derivatives, a dict or an array, against those of an objective."""
+    derivatives, loss = ours
+    assert loss == pytest.approx(objective(*arguments), rel=1e-8)
+    expected = (grad if isinstance(derivatives, dict) else elementwise_grad)(objective)(*arguments)
+    if not isinstance(derivatives, dict):
+        derivatives, expected = {"": derivatives}, {"": expected}
+    assert derivatives.keys() == expected.keys()
+    for name, wanted in expected.items():
+        np.testing.assert_allclose(derivatives[name], wanted, rtol=1e-8, atol=1e-11, err_msg=name)
 
 
-def test_the_masks_really_mask(batch):
-    assert 0 < batch.mask.mean() < 1
+@pytest.fixture(params=[1, 3, 10**6, None])
+def slices(request, monkeypatch):
+    """A column of the vocabulary at a time, a few, all at once, and as the script has it."""
+
+    def of_that_size(states, head):
+        return [slice(v, v + request.param) for v in range(0, head.shape[1], request.param)]
+
+    if request.param:
+        monkeypatch.setattr(loop, "vocabulary_slices", of_that_size)
 
 
-def test_ppo_loss(batch):
-    new, old, advantages = filled(batch), filled(batch), filled(batch)
-    loss, d_new, _ = loop.ppo_loss(new, old, advantages, batch.mask, CLIP)
-    assert loss == pytest.approx(clipped_loss(new, old, advantages, batch.mask))
-    expected = elementwise_grad(clipped_loss)(new, old, advantages, batch.mask)
-    np.testing.assert_allclose(d_new, expected, rtol=1e-9, atol=1e-12)
+def test_losses(batch):
+    new, old, advantages, mask = filled(batch), filled(batch), filled(batch), batch.mask
+    assert 0 < mask.mean() < 1
+    loss, d_new, _ = loop.ppo_loss(new, old, advantages, mask, CLIP)
+    assert_derivatives((d_new, loss), clipped_loss, new, old, advantages, mask)
+    loss, d_values = loop.value_loss(new, old, mask)
+    assert_derivatives((d_values, loss), squared_error, new, old, mask)
+    loss, d_new, d_old = loop.preference_loss(*read_only(3 * new, 3 * old))
+    assert_derivatives((d_new, loss), bradley_terry, 3 * new, 3 * old)
+    assert_derivatives((d_old, loss), lambda x: bradley_terry(3 * new, x), 3 * old)
 
 
-def test_value_loss(batch):
-    values, returns = filled(batch), filled(batch)
-    loss, d_values = loop.value_loss(values, returns, batch.mask)
-    assert loss == pytest.approx(squared_error(values, returns, batch.mask))
-    expected = elementwise_grad(squared_error)(values, returns, batch.mask)
-    np.testing.assert_allclose(d_values, expected, rtol=1e-9, atol=1e-12)
-
-
-def test_preference_loss():
-    chosen, rejected = 3 * np.random.default_rng(0).standard_normal((2, 9))
-    loss, d_chosen, d_rejected = loop.preference_loss(*read_only(chosen, rejected))
-    assert loss == pytest.approx(bradley_terry(chosen, rejected), rel=1e-9)
-    np.testing.assert_allclose(d_chosen, grad(bradley_terry, 0)(chosen, rejected), rtol=1e-9)
-    np.testing.assert_allclose(d_rejected, grad(bradley_terry, 1)(chosen, rejected), rtol=1e-9)
-
-
-@pytest.mark.parametrize("size", [1, 20, 50, 10**6])
-def test_actor(batch, size, monkeypatch):
-    monkeypatch.setattr(loop, "SLICE", size)  # a column of the vocabulary at a time, a few, all at once
+def test_actor(batch, slices):
     tokens, advantages, mask = (batch.prompts, batch.responses), filled(batch), batch.mask
     old = loop.token_logprobs(batch.model, *tokens) + 0.3 * filled(batch)
     read_only(batch.model, *tokens, old, advantages, mask)
@@ -107,25 +104,36 @@ def test_actor(batch, size, monkeypatch):
     def objective(model):
         return clipped_loss(logprobs_of(model, *tokens), old, advantages, mask)
 
-    assert (np.abs(ratio[mask == 1] - 1) > CLIP).any()
-    assert (np.abs(ratio[mask == 1] - 1) < CLIP).any()
-    assert (ratio[mask == 0] == 0).all()
-    assert loss == pytest.approx(objective(batch.model), rel=1e-9)
-    np.testing.assert_allclose(ratio[mask == 1], np.exp(logprobs_of(batch.model, *tokens) - old)[mask == 1], rtol=1e-9)
-    assert_same_gradients(gradients, grad(objective)(batch.model))
+    moved = abs(ratio[mask == 1] - 1)
+    assert moved.min() < CLIP < moved.max()
+    assert not ratio[mask == 0].any()
+    expected = np.exp(logprobs_of(batch.model, *tokens) - old)
+    np.testing.assert_allclose(ratio[mask == 1], expected[mask == 1], rtol=1e-8)
+    assert_derivatives((gradients, loss), objective, batch.model)
+
+
+def test_cross_entropy(batch, slices):
+    """Fine-tuning's loss: its derivative for each log probability is -1 / n."""
+    tokens, mask = (batch.prompts, batch.responses), batch.mask
+    read_only(batch.model, *tokens, mask)
+    logprobs, cache = loop.forward_logprobs(batch.model, *tokens)
+    gradients = loop.backward_logprobs(batch.model, cache, -mask / mask.sum())
+
+    def objective(model):
+        return -anp.sum(logprobs_of(model, *tokens) * mask) / np.sum(mask)
+
+    assert_derivatives((gradients, -(logprobs * mask).sum() / mask.sum()), objective, batch.model)
 
 
 def test_critic(batch):
-    critic = one_head(batch.model)
     tokens, returns, mask = (batch.prompts, batch.responses), filled(batch), batch.mask
+    critic = one_head(batch.model)
     read_only(critic, *tokens, returns, mask)
-    gradients, loss = loop.critic_gradients(critic, *tokens, returns, mask)
-
-    def objective(model):
-        return squared_error(anp.dot(states_before(model, *tokens), model["head"])[..., 0], returns, mask)
-
-    assert loss == pytest.approx(objective(critic), rel=1e-9)
-    assert_same_gradients(gradients, grad(objective)(critic))
+    assert_derivatives(
+        loop.critic_gradients(critic, *tokens, returns, mask),
+        lambda model: squared_error(outputs_before(model, *tokens)[..., 0], returns, mask),
+        critic,
+    )
 
 
 @pytest.mark.parametrize("holes", [False, True])
@@ -134,44 +142,49 @@ def test_reward_model(seed, holes):
     batch = Batch(seed, rows=6, holes=holes)
     model, data = one_head(batch.model), (batch.prompts, batch.responses, batch.mask)
     read_only(model, *data)
-    gradients, loss = loop.reward_gradients(model, *data)
 
     def objective(model):
         scores = scores_of(model, *data)
         return bradley_terry(scores[:3], scores[3:])
 
-    assert loss == pytest.approx(objective(model), rel=1e-9)
-    assert_same_gradients(gradients, grad(objective)(model))
-    swapped = [np.roll(array, 3, axis=0) for array in data]
-    assert loop.reward_gradients(model, *swapped)[1] != pytest.approx(loss, rel=1e-3)
+    assert_derivatives(loop.reward_gradients(model, *data), objective, model)
 
 
 def test_padding_never_matters():
-    """Other tokens, NaN and infinities after the end change no gradient, loss, ratio or score."""
+    """Other tokens, NaN and infinity after the end change no gradient, loss, ratio or score."""
     batch = Batch(0, rows=4)
     real, critic = batch.mask == 1, one_head(batch.model)
     other = np.where(real, batch.responses, batch.rng.integers(0, 7, size=real.shape))
-    old, advantages = filled(batch), filled(batch)
     assert (other != batch.responses).any()
+    old, advantages = filled(batch), filled(batch)
     results = []
-    for responses, padding in ((batch.responses, 0), (other, np.nan), (other, np.inf)):
-        tokens, padded = (batch.prompts, responses), [np.where(real, x, padding) for x in (old, advantages)]
-        gradients, *rest = loop.actor_gradients(batch.model, *tokens, *padded, batch.mask, CLIP)
-        for model_gradients, loss in (
-            loop.critic_gradients(critic, *tokens, padded[1], batch.mask),
-            loop.reward_gradients(critic, *tokens, batch.mask),
-        ):
-            rest += [*model_gradients.values(), loss]
-        results.append([*gradients.values(), *rest, loop.score_responses(critic, *tokens, batch.mask)])
+    for responses, junk in ((batch.responses, 0), (other, np.nan), (other, np.inf)):
+        tokens = batch.prompts, responses
+        padded = [np.where(real, x, junk) for x in (old, advantages)]
+        scored = loop.score_responses(critic, *tokens, batch.mask)
+        of_actor = loop.actor_gradients(batch.model, *tokens, *padded, batch.mask, CLIP)
+        of_critic = loop.critic_gradients(critic, *tokens, padded[1], batch.mask)
+        of_reward = loop.reward_gradients(critic, *tokens, batch.mask)
+        parts = [scored, *of_actor, *of_critic, *of_reward]
+        results.append([x for p in parts for x in (p.values() if isinstance(p, dict) else [p])])
     for first, *others in zip(*results):
-        for each in others:
-            np.testing.assert_allclose(each, first, rtol=1e-12, atol=1e-15)
+        for again in others:
+            np.testing.assert_allclose(again, first, rtol=1e-12, atol=1e-15)
 
 
-def test_one_long_sequence():
-    batch = Batch(5, rows=2, prompt_length=1, response_length=30, vocab_size=3, width=4)
-    tokens, advantages = (batch.prompts, batch.responses), filled(batch)
-    old = loop.token_logprobs(batch.model, *tokens)
-    gradients, _, _ = loop.actor_gradients(batch.model, *tokens, old, advantages, batch.mask, CLIP)
-    expected = grad(lambda model: clipped_loss(logprobs_of(model, *tokens), old, advantages, batch.mask))(batch.model)
-    assert_same_gradients(gradients, expected)
+@pytest.mark.parametrize("size", [1, 1e-7])
+def test_adam_is_algorithm_1(size):
+    """With gradients so small that its epsilon counts, too."""
+    rng, state = np.random.default_rng(0), {}
+    params = {"w": rng.standard_normal((2, 3)), "b": rng.standard_normal(3)}
+    expected = {name: x.copy() for name, x in params.items()}
+    adams = {name: SlowAdam() for name in params}
+    for rate in (0.1, 0.1, 0.05, 0.2):
+        gradients = {name: size * rng.standard_normal(x.shape) for name, x in params.items()}
+        loop.adam_step(params, *read_only(gradients), state, rate)
+        for name, adam in adams.items():
+            expected[name] = adam.step(expected[name], gradients[name], rate)
+            np.testing.assert_allclose(params[name], expected[name], rtol=1e-9)
+            np.testing.assert_allclose(state["m"][name], adam.m, rtol=1e-12)
+            np.testing.assert_allclose(state["v"][name], adam.v, rtol=1e-12)
+        assert state["t"] == adam.t

@@ -18,7 +18,10 @@ SCRIPT = Path(loop.__file__)
 SOURCE = SCRIPT.read_text(encoding="utf-8")
 ALONE = """sample_prompts kl_penalty shape_rewards gae group_advantages whiten ppo_loss value_loss adam_step
 human_scores preference_loss""".split()
-PUBLIC = {*ALONE, *"generate score_responses token_logprobs critic_values actor_gradients critic_gradients".split()}
+PUBLIC = {
+    *ALONE,
+    *"generate score_responses token_logprobs critic_values actor_gradients critic_gradients".split(),
+}
 PUBLIC |= {"core_loop"}
 ANCHORED = re.findall(r"^# ANCHOR: (.+)$", SOURCE, re.MULTILINE)
 FUNCTIONS = [node.name for node in ast.parse(SOURCE).body if isinstance(node, ast.FunctionDef)]
@@ -50,7 +53,9 @@ def test_the_loop_comes_before_what_it_calls_and_within_150_lines():
 def test_the_first_lines_name_the_functions_of_each_step():
     told = [
         (number, name)
-        for number, names in re.findall(r"^    (\d)\. .*?  +(\w+(?:[,;] (?:or )?\w+)*)$", loop.__doc__, re.MULTILINE)
+        for number, names in re.findall(
+            r"^    (\d)\. .*?  +(\w+(?:[,;] (?:or )?\w+)*)$", loop.__doc__, re.MULTILINE
+        )
         for name in re.split(r"[,;] (?:or )?", names)
     ]
     steps = {name: re.match(r"Step (\d)", getattr(loop, name).__doc__) for name in ANCHORED}
@@ -92,7 +97,9 @@ def test_a_pasted_function_runs_with_numpy_alone(name, capsys):
         space[name](params := {"w": X.copy()}, {"w": Y}, {}, 0.1)
         np.testing.assert_allclose(params["w"], X - 0.1 * np.sign(Y), atol=1e-6)
     else:
-        np.testing.assert_equal(space[name](*ARGUMENTS[name]), getattr(loop, name)(*ARGUMENTS[name]))
+        np.testing.assert_equal(
+            space[name](*ARGUMENTS[name]), getattr(loop, name)(*ARGUMENTS[name])
+        )
 
 
 def test_what_every_function_shows_runs_in_a_fresh_namespace(capsys):
@@ -102,8 +109,12 @@ def test_what_every_function_shows_runs_in_a_fresh_namespace(capsys):
         assert callable(space[name]), name
         assert "import numpy as np\n" in source
         assert "\x1b" not in source
-        used = {node.id for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)} & set(vars(loop))
-        assert used - {"__file__", "__name__"} <= set(space), name  # what it calls, and what that calls
+        used = {
+            node.id for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)
+        } & set(vars(loop))
+        assert used - {"__file__", "__name__"} <= set(space), (
+            name
+        )  # what it calls, and what that calls
 
 
 @pytest.mark.parametrize("name", ANCHORED)
@@ -127,7 +138,11 @@ def test_a_pasted_function_with_its_helpers_gives_the_same_numbers(capsys):
     exec(show("core_loop", capsys), space)
     config = loop.Config(batch_size=2, prompt_length=3, response_length=4, vocab_size=9, width=4)
     mine, theirs = (
-        list(module["core_loop"](loop.init_models(config, np.random.default_rng(1)), config, np.random.default_rng(2)))
+        list(
+            module["core_loop"](
+                loop.init_models(config, np.random.default_rng(1)), config, np.random.default_rng(2)
+            )
+        )
         for module in (space, vars(loop))
     )
     for stage, expected in zip(mine, theirs, strict=True):
@@ -135,7 +150,9 @@ def test_a_pasted_function_with_its_helpers_gives_the_same_numbers(capsys):
 
 
 def test_a_pipe_gets_source_and_the_interpreter_runs_it():
-    done = subprocess.run([sys.executable, SCRIPT, "--show", "gae"], capture_output=True, check=True, text=True)
+    done = subprocess.run(
+        [sys.executable, SCRIPT, "--show", "gae"], capture_output=True, check=True, text=True
+    )
     assert done.stdout.startswith("import numpy as np\n")
     assert done.stdout.split("\n\n", 1)[1].strip() in SOURCE
 
@@ -148,7 +165,9 @@ def test_a_terminal_gets_colours_that_follow_its_theme(capsys, monkeypatch):
     for name in ("actor_gradients", "read_command_line"):
         shown = show(name, capsys)
         assert re.search(r"\x1b\[[0-9;]*m", shown)
-        codes = {code for codes in re.findall(r"\x1b\[([0-9;]*)m", shown) for code in codes.split(";")}
+        codes = {
+            code for codes in re.findall(r"\x1b\[([0-9;]*)m", shown) for code in codes.split(";")
+        }
         assert codes <= {
             "",
             "0",
@@ -191,7 +210,9 @@ def test_a_real_mdbook_shows_each_function_whole(tmp_path):
     (tmp_path / "src").mkdir()
     (tmp_path / "book.toml").write_text('[book]\ntitle = "t"\n')
     (tmp_path / "src" / "SUMMARY.md").write_text("[Page](page.md)\n")
-    include = [f"```python\n{{{{#include {SCRIPT.as_posix()}:{name}}}}}\n```\n" for name in ANCHORED]
+    include = [
+        f"```python\n{{{{#include {SCRIPT.as_posix()}:{name}}}}}\n```\n" for name in ANCHORED
+    ]
     (tmp_path / "src" / "page.md").write_text("\n".join(include))
     mdbook = shutil.which("mdbook", path=sysconfig.get_path("scripts"))
     subprocess.run([mdbook, "build", str(tmp_path)], check=True, capture_output=True)

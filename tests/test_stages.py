@@ -1,35 +1,163 @@
-"""Human feedback: what the human likes, how they choose, and the reward model that learns from the choices."""
+"""The stages before the loop: demonstrations, fine-tuning, preferences and the reward model."""
 
+from collections import Counter
 from dataclasses import replace
+from functools import partial
+from math import log
 
 import numpy as np
 import pytest
-from conftest import read_only, slow_human
 from hypothesis import given
 from hypothesis import strategies as st
 
 import rlhf_loop_pseudo as loop
+from conftest import Tensor, read_only, slow_human
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz."  # the dot ends a word
-LETTERS = loop.Config(vocab_size=27, prompt_length=2, response_length=12)
+CONFIG = loop.Config(vocab_size=27, prompt_length=1, response_length=12, width=32)
+some_words = st.lists(st.text(ALPHABET[:26], min_size=1, max_size=7), min_size=1, max_size=9)
 
 
-def start(seed, config=LETTERS):
-    """Models and generator."""
-    rng = np.random.default_rng(seed)
-    return loop.init_models(config, rng), rng
-
-
-def words_of(responses, mask):
-    """The letters of each response, as strings."""
+def words_of(prompts, responses, mask):
+    """What stands in prompts and responses, up to where they end, as strings."""
     return [
-        "".join(ALPHABET[token] for token, real in zip(row, row_mask) if real).replace(".", "")
-        for row, row_mask in zip(responses, mask)
+        "".join(ALPHABET[token] for token in [*prompt, *row[real != 0]]).split(".")[0]
+        for prompt, row, real in zip(prompts, responses, mask)
     ]
 
 
-def sigmoid(x):
-    return 1 / (1 + np.exp(-x))
+def copied(model):
+    """The same model in other arrays."""
+    return {name: weights.copy() for name, weights in model.items()}
+
+
+def untrained(seed, config=CONFIG, dtype=np.float32):
+    """A random model, and the generator that drew it."""
+    rng = np.random.default_rng(seed)
+    model = loop.init_model(rng, 27, config.width, 27)
+    return {name: weights.astype(dtype) for name, weights in model.items()}, rng
+
+
+def rows_of(*arrays):
+    """Each row of arrays side by side, as a tuple."""
+    return [tuple(row) for row in np.hstack(arrays).tolist()]
+
+
+def least_loss(words):
+    """Nats a token of who knows the words: letter by letter, as often as they go on so."""
+    texts = [word + "." for word in words]
+    begun = Counter(text[: n + 1] for text in texts for n in range(len(text)))
+    goes_on = [(text[:n], text[: n + 1]) for text in texts for n in range(1, len(text))]
+    return np.mean([log(begun[before] / begun[after]) for before, after in goes_on])
+
+
+# ------------------------------------------------------------------ demonstrations
+
+
+@given(some_words, st.integers(1, 8))
+def test_demonstrations(words, length):
+    config = replace(CONFIG, response_length=length)
+    fit = [word for word in words if len(word) <= length]  # the rest, and an end
+    if not fit:
+        with pytest.raises(ValueError, match="response-length: no word"):
+            loop.demonstrations(words, config)
+        return
+    prompts, responses, mask = loop.demonstrations(words, config)
+    assert prompts.shape == (len(fit), 1)
+    assert responses.shape == mask.shape == (len(fit), length)
+    for word, prompt, response, real in zip(fit, prompts, responses, mask):
+        assert ALPHABET[prompt[0]] == word[0]
+        assert "".join(ALPHABET[token] for token in response) == word[1:].ljust(length, ".")
+        assert real.tolist() == [1] * len(word) + [0] * (length - len(word))
+
+
+def test_every_letter_begins_some_words():
+    """Each begins a choice of them, so that tuning can prefer some; none stands twice."""
+    begun = Counter(word[0] for word in set(loop.WORDS))
+    assert begun.total() == len(loop.WORDS)
+    assert begun.keys() == set(ALPHABET[:26])
+    assert min(begun.values()) >= 4
+
+
+# ------------------------------------------------------------------ fine-tuning
+
+SEEDS = [0, 1, *(pytest.param(seed, marks=pytest.mark.claims) for seed in range(2, 12))]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_it_learns_the_words_as_well_as_can_be(seed):
+    model, rng = untrained(seed)
+    losses = loop.fine_tune(model, *loop.demonstrations(loop.WORDS, CONFIG), rng)
+    assert losses.shape == (400,)
+    assert losses[0] == pytest.approx(log(27), abs=0.3)  # all letters alike
+    assert -0.01 < losses[-20:].mean() - least_loss(loop.WORDS) < 0.1
+    prompts = np.repeat(np.arange(26), 40)[:, None]
+    responses, mask, _ = loop.generate(model, prompts, CONFIG.response_length, rng, 26)
+    written = words_of(prompts, responses, mask)
+    assert np.mean([word in loop.WORDS for word in written]) >= 0.8
+    assert len(set(written) & set(loop.WORDS)) >= 100  # and not one for each letter
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_fine_tuning_works_in_place_and_keeps_the_type(dtype):
+    """Weights that it does not know are left alone, and the same generator gives the same."""
+    config, results = replace(CONFIG, width=4, response_length=6), []
+    data = read_only(*loop.demonstrations(loop.WORDS[:12], config))
+    for _ in range(2):
+        model, rng = untrained(0, config, dtype)
+        model["more"] = np.ones(2, dtype=dtype)
+        before, arrays = copied(model), dict(model)
+        losses = loop.fine_tune(model, *data, rng)
+        for name, weights in model.items():
+            assert weights is arrays[name]
+            assert weights.dtype == dtype
+            assert (weights != before[name]).any() == (name != "more")
+        assert losses[-20:].mean() < losses[:20].mean() - 0.5
+        results.append(np.concatenate([losses, *map(np.ravel, model.values())]))
+    np.testing.assert_array_equal(*results)
+
+
+@pytest.mark.parametrize("count", [7, len(loop.WORDS)])
+def test_each_update_sees_128_words_or_all_there_are(count, monkeypatch):
+    config = replace(CONFIG, width=2, response_length=10)
+    (model, rng), seen, original = untrained(0, config), [], loop.forward_logprobs
+    prompts, responses, mask = loop.demonstrations(loop.WORDS[:count], config)
+
+    def watching(model, *texts):
+        seen.append(set(rows_of(*texts)))
+        return original(model, *texts)
+
+    monkeypatch.setattr(loop, "forward_logprobs", watching)
+    loop.fine_tune(model, prompts, responses, mask, rng)
+    assert [len(batch) for batch in seen] == [min(128, count)] * 400  # none of them twice
+    assert set().union(*seen) == set(rows_of(prompts, responses))
+
+
+def test_the_reference_is_fine_tuned_and_the_untrained_model_is_not(monkeypatch):
+    """The reference is who writes the pairs; the reward model begins untrained."""
+    config, seen = replace(CONFIG, preference_pairs=16, width=8, response_length=5), []
+    for name in ("collect_preferences", "train_reward_model"):
+        original = getattr(loop, name)
+        watching = partial(lambda call, *given: seen.append(given[0]) or call(*given), original)
+        monkeypatch.setattr(loop, name, watching)
+    first, reference, reward_model, losses = loop.learn_from_human(config, np.random.default_rng(3))
+    prompts, responses, mask = loop.demonstrations(loop.WORDS, config)
+    before, after = (
+        -(loop.token_logprobs(model, prompts, responses) * mask).sum() / mask.sum()
+        for model in (first, reference)
+    )
+    assert after + 1 < before == pytest.approx(log(27), abs=0.3)
+    expected, _ = untrained(3, config)
+    assert all((first[name] == expected[name]).all() for name in expected)
+    assert not any(np.shares_memory(first[name], reference[name]) for name in first)
+    writer, start = seen
+    assert writer is reference
+    assert all((start[name] == first[name]).all() for name in ("embed", "mix"))
+    assert {name: values.shape for name, values in losses.items()} == {
+        "fine_tuning/losses": (400,),
+        "preferences/losses": (200,),
+    }
+    assert "bias" in reward_model
 
 
 # ------------------------------------------------------------------ the human
@@ -37,156 +165,111 @@ def sigmoid(x):
 rows = st.lists(st.tuples(st.sampled_from(ALPHABET), st.booleans()), min_size=5, max_size=5)
 
 
-@given(st.lists(rows, min_size=1, max_size=4))
-def test_human_scores(table):
-    responses = np.array([[ALPHABET.index(letter) for letter, _ in row] for row in table])
-    mask = np.array([[real for _, real in row] for row in table])
-    for each in (mask, mask.astype(np.float32)):
-        scores = loop.human_scores(*read_only(responses, each), 27)
-        np.testing.assert_allclose(scores, [slow_human(word) for word in words_of(responses, mask)], atol=1e-12)
+@given(st.lists(rows, min_size=1, max_size=4), st.integers(1, 4))
+def test_the_human_reads_prompt_and_response_as_one_word(table, length):
+    """Without the end tokens, and without what the mask takes out of the response."""
+    tokens = np.array([[ALPHABET.index(letter) for letter, _ in row] for row in table])
+    real = np.array([[kept for _, kept in row] for row in table])
+    texts, mask = np.split(tokens, [length], axis=1), real[:, length:]
+    words = [
+        "".join(ALPHABET[t] for t, kept in zip(row, [*[1] * length, *m]) if kept and t < 26)
+        for row, m in zip(tokens, mask)
+    ]
+    for kind in (bool, np.float32, np.int64):
+        scores = loop.human_scores(*read_only(*texts, mask.astype(kind)), 27)
+        np.testing.assert_allclose(scores, [slow_human(word) for word in words], atol=1e-12)
 
 
 @pytest.mark.parametrize(
     "text, score",
-    [("ab.", 1), ("taco", 1), ("aaaa", 0), ("tttt", 0), ("tata", 0.5), ("quick", 0.8), ("eat", 2 / 3), (".", 0)],
+    [("ab.", 1), ("taco", 1), ("aaa", 0), ("tt", 0), ("tata", 0.5), ("eat", 2 / 3), ("..", 0)],
 )
 def test_what_the_human_likes(text, score):
     tokens = np.array([[ALPHABET.index(letter) for letter in text]])
-    assert loop.human_scores(tokens, np.ones(tokens.shape), 27)[0] == pytest.approx(score)
+    ones = np.ones((1, len(text) - 1))
+    assert loop.human_scores(tokens[:, :1], tokens[:, 1:], ones, 27)[0] == pytest.approx(score)
 
 
 # ------------------------------------------------------------------ choices
 
 
 def test_choices_follow_bradley_terry():
-    config = replace(LETTERS, response_length=6, preference_pairs=12_000)
-    models, rng = start(0, config)
-    read_only(models.reference)
-    prompts, responses, mask = loop.collect_preferences(models.reference, config, rng)
-    assert prompts.shape == (24_000, 2)
+    config = replace(CONFIG, response_length=6, preference_pairs=12_000)
+    reference, rng = untrained(0, config)
+    read_only(reference)
+    prompts, responses, mask = loop.collect_preferences(reference, config, rng)
+    assert prompts.shape == (24_000, 1)
     assert responses.shape == mask.shape == (24_000, 6)
     np.testing.assert_array_equal(*np.split(prompts, 2))  # a pair answers one prompt
-    opinions = np.array([slow_human(word) for word in words_of(responses, mask)])
-    chosen, rejected = np.split(opinions, 2)
+    assert (responses[mask == 0] == 26).all()
+    words = words_of(prompts, responses, mask)
+    assert np.mean(np.array(words[:12_000]) == words[12_000:]) < 0.1  # in two ways
+    chosen, rejected = np.split(np.array([slow_human(word) for word in words]), 2)
     differences = abs(chosen - rejected)
     for low, high in ((0.01, 0.2), (0.2, 0.4), (0.4, 1.01), (0.01, 1.01)):
         pairs = (differences >= low) & (differences < high)
-        p = sigmoid(8 * differences[pairs])  # that the better one is chosen
+        p = 1 / (1 + np.exp(-8 * differences[pairs]))  # that the better one is chosen
         assert pairs.sum() > 500
         assert abs((chosen > rejected)[pairs].sum() - p.sum()) < 5 * np.sqrt((p * (1 - p)).sum())
 
 
 def test_the_first_is_chosen_as_often_as_its_lead_says(monkeypatch):
-    """With opinions that are given: response i to its prompt is a row of i, the first ones come first."""
+    """With opinions that are given: response i is a row of i, and the first ones come first."""
     pairs = 30_000
-    config = replace(LETTERS, preference_pairs=pairs)
     leads = np.resize([-0.4, -0.1, 0.0, 0.1, 0.4], pairs)
     opinions = np.concatenate([0.5 + leads / 2, 0.5 - leads / 2])
     ids = np.repeat(np.arange(2 * pairs)[:, None], 3, axis=1)
-    monkeypatch.setattr(loop, "generate", lambda *_, **__: (ids, np.ones(ids.shape), None, None))
-    monkeypatch.setattr(loop, "human_scores", lambda responses, *_: opinions[responses[:, 0]])
-    _, responses, _ = loop.collect_preferences(None, config, np.random.default_rng(0))
+    monkeypatch.setattr(loop, "generate", lambda *_: (ids, np.ones(ids.shape), None))
+    monkeypatch.setattr(loop, "human_scores", lambda _, responses, *__: opinions[responses[:, 0]])
+    config, rng = replace(CONFIG, preference_pairs=pairs), np.random.default_rng(0)
+    _, responses, _ = loop.collect_preferences(None, config, rng)
     chosen, rejected = np.split(responses[:, 0], 2)
-    np.testing.assert_array_equal(np.minimum(chosen, rejected), np.arange(pairs))  # the two of a pair stay together
-    np.testing.assert_array_equal(abs(chosen - rejected), pairs)
+    np.testing.assert_array_equal(np.minimum(chosen, rejected), np.arange(pairs))
+    np.testing.assert_array_equal(abs(chosen - rejected), pairs)  # a pair stays together
     for lead in np.unique(leads):
+        p = 1 / (1 + np.exp(-8 * lead))
         first = (chosen < rejected)[leads == lead]
-        p = sigmoid(8 * lead)
         assert abs(first.mean() - p) < 5 * np.sqrt(p * (1 - p) / len(first))
-
-
-def test_the_pairs_are_the_references_own_words():
-    """A reference that ends at once writes nothing; its two responses are otherwise drawn apart."""
-    config = replace(LETTERS, preference_pairs=200)
-    models, rng = start(0, config)
-    _, responses, mask = loop.collect_preferences(models.reference, config, rng)
-    words = np.array(words_of(responses, mask))
-    assert (words[:200] != words[200:]).mean() > 0.9
-    assert all((row[row_mask == 0] == 26).all() for row, row_mask in zip(responses, mask))
-    silent = {name: 0 * weights for name, weights in models.reference.items()}
-    silent["embed"] = np.ones_like(silent["embed"])
-    silent["head"][:, 26] = 100
-    _, responses, mask = loop.collect_preferences(silent, config, rng)
-    assert (responses == 26).all()
-    assert (mask == np.eye(config.response_length)[0]).all()
-
-
-# ------------------------------------------------------------------ the loss
-
-
-@given(st.lists(st.tuples(st.floats(-20, 20), st.floats(-20, 20)), min_size=1, max_size=5))
-def test_preference_loss(pairs):
-    chosen, rejected = read_only(*np.array(pairs).T.copy())
-    loss, d_chosen, d_rejected = loop.preference_loss(chosen, rejected)
-    assert loss == pytest.approx(np.mean([-np.log(sigmoid(c - r)) for c, r in pairs]), rel=1e-6, abs=1e-9)
-    np.testing.assert_allclose(d_rejected, [sigmoid(r - c) / len(pairs) for c, r in pairs], rtol=1e-9)
-    np.testing.assert_array_equal(d_chosen, -d_rejected)
-
-
-def test_preference_loss_of_extreme_scores_stays_finite():
-    loss, d_chosen, d_rejected = loop.preference_loss(np.array([1e4, -1e4]), np.array([-1e4, 1e4]))
-    assert loss == 1e4
-    assert d_chosen.tolist() == [0, -0.5]
-    assert d_rejected.tolist() == [0, 0.5]
-
-
-def test_who_cannot_tell_has_a_loss_of_ln_2():
-    loss, d_chosen, d_rejected = loop.preference_loss(np.zeros(4), np.zeros(4))
-    assert loss == pytest.approx(np.log(2))
-    assert (d_chosen.tolist(), d_rejected.tolist()) == ([-1 / 8] * 4, [1 / 8] * 4)
 
 
 # ------------------------------------------------------------------ the reward model
 
 
-def accuracy(reward_model, reference, rng):
-    """The share of fresh pairs in which the model agrees with the choice."""
-    pairs = loop.collect_preferences(reference, replace(LETTERS, preference_pairs=1000), rng)
-    chosen, rejected = np.split(loop.score_responses(reward_model, *pairs), 2)
-    return (chosen > rejected).mean()
+def preferences(reference, pairs, rng):
+    """Choices between fresh responses."""
+    config = replace(CONFIG, preference_pairs=pairs, response_length=8)
+    return loop.collect_preferences(reference, config, rng)
 
 
 def learn(seed, pairs):
-    """Preferences, the start and the end of a reward model, its losses, and its accuracy."""
-    models, rng = start(seed)
-    read_only(models.reference, models.reward_model)
-    before = {name: weights.copy() for name, weights in models.reference.items()}
-    data = loop.collect_preferences(models.reference, replace(LETTERS, preference_pairs=pairs), rng)
-    reward_model, losses = loop.train_reward_model(models.reward_model, *read_only(*data), rng)
-    for name, weights in models.reference.items():
-        assert weights.tobytes() == before[name].tobytes()
-    return data, models.reward_model, reward_model, losses, accuracy(reward_model, models.reference, rng)
+    """(data, start, end, losses, the share of fresh pairs where it agrees with the choice)."""
+    reference, rng = untrained(seed)
+    start = loop.init_reward_model(reference, rng)
+    read_only(reference, start)
+    data = read_only(*preferences(reference, pairs, rng))
+    reward_model, losses = loop.train_reward_model(start, *data, rng)
+    scores = loop.score_responses(reward_model, *preferences(reference, 1000, rng))
+    chosen, rejected = np.split(scores, 2)
+    return data, start, reward_model, losses, (chosen > rejected).mean()
 
 
 @pytest.fixture(scope="module")
 def many():
-    """Three reward models that have learned from 2048 pairs."""
-    return [learn(seed, 2048) for seed in range(3)]
-
-
-def test_the_loss_falls(many):
-    for _, _, _, losses, _ in many:
-        assert losses.shape == (200,)
-        assert losses[:5].mean() > 0.6
-        assert losses[-20:].mean() < 0.55
-
-
-def test_scores_have_mean_0_and_deviation_1(many):
-    for data, _, reward_model, _, _ in many:
-        scores = np.float64(loop.score_responses(reward_model, *data))
-        assert scores.mean() == pytest.approx(0, abs=1e-5)
-        assert scores.std() == pytest.approx(1, abs=1e-5)
+    """Two reward models that have learned from 2048 pairs."""
+    return [learn(seed, 2048) for seed in range(2)]
 
 
 def test_a_new_model_learns_and_the_given_one_does_not_change(many):
-    for seed, (_, given_model, reward_model, _, _) in enumerate(many):
-        models, _ = start(seed)
-        assert reward_model.keys() == {*given_model, "bias"}
-        for name, weights in given_model.items():
+    for data, start, reward_model, losses, _ in many:  # start is protected
+        assert losses.shape == (200,)
+        assert losses[-20:].mean() < 0.57 < 0.6 < losses[:5].mean()
+        scores = np.float64(loop.score_responses(reward_model, *data))
+        assert (scores.mean(), scores.std()) == pytest.approx((0, 1), abs=1e-5)
+        assert reward_model.keys() == {*start, "bias"}
+        for name, weights in start.items():
             assert not np.shares_memory(weights, reward_model[name])
             assert (weights != reward_model[name]).any()
             assert reward_model[name].dtype == np.float32
-            np.testing.assert_array_equal(weights, models.reward_model[name])
 
 
 def test_a_trained_model_can_be_trained_again(many):
@@ -197,29 +280,88 @@ def test_a_trained_model_can_be_trained_again(many):
     assert loop.score_responses(again, *data).mean() == pytest.approx(0, abs=1e-5)
 
 
+def test_scores_that_are_all_equal_are_not_blown_up():
+    """One pair of equal responses has no deviation to divide by."""
+    reference, rng = untrained(0)
+    start, mask = loop.init_reward_model(reference, rng), np.ones((2, 3))
+    texts = np.zeros((2, 1), dtype=int), np.zeros((2, 3), dtype=int)
+    model, losses = loop.train_reward_model(start, *texts, mask, rng)
+    np.testing.assert_allclose(losses, log(2), rtol=1e-6)
+    np.testing.assert_allclose(loop.score_responses(model, *texts, mask), 0, atol=1e-5)
+    assert abs(loop.score_responses(model, texts[0], texts[1] + 1, mask)).max() < 100
+
+
 def test_it_learns_what_the_human_likes_and_more_from_more_pairs(many):
     good = np.mean([share for *_, share in many])
-    poor = np.mean([learn(seed, 128)[-1] for seed in range(3)])
-    assert good > 0.7
-    assert 0.6 < poor < good - 0.04
+    poor = np.mean([learn(seed, 128)[-1] for seed in range(2)])
+    assert 0.6 < poor < good - 0.03
+    assert good > 0.72
 
 
-def test_each_update_sees_128_whole_pairs(monkeypatch):
-    config = replace(LETTERS, response_length=2, preference_pairs=50)
-    models, rng = start(0, config)
-    data = loop.collect_preferences(models.reference, config, rng)
-    seen, original = [], loop.reward_gradients
+def test_each_update_of_it_sees_128_whole_pairs(monkeypatch):
+    config = replace(CONFIG, width=2)
+    (reference, rng), seen, original = untrained(0, config), [], loop.reward_gradients
+    data = preferences(reference, 50, rng)
+
+    def pairs(*batch):
+        return list(zip(*[rows_of(*half) for half in zip(*map(np.split, batch, [2] * 3))]))
 
     def watching(model, *batch):
-        seen.append(batch)
+        seen.append(pairs(*batch))
         return original(model, *batch)
 
-    def pairs(prompts, responses, mask):
-        first, second = np.split(np.hstack([prompts, responses, mask]), 2)  # the chosen, the rejected
-        return [tuple(row) for row in np.hstack([first, second])]
-
     monkeypatch.setattr(loop, "reward_gradients", watching)
-    loop.train_reward_model(models.reward_model, *data, rng)
-    drawn = [pairs(*batch) for batch in seen]
-    assert [len(each) for each in drawn] == [128] * 200
-    assert set().union(*drawn) == {*pairs(*data)}  # every pair has its turn, and none is torn apart
+    loop.train_reward_model(loop.init_reward_model(reference, rng), *data, rng)
+    assert [len(batch) for batch in seen] == [128] * 200
+    assert set().union(*seen) == {*pairs(*data)}  # each has its turn, and none is torn apart
+
+
+# ------------------------------------------------------------------ what they are given
+
+
+TRAININGS = [(loop.fine_tune, 0), (loop.train_reward_model, 1)]
+
+
+def small_data():
+    """(fine_tune's arguments, train_reward_model's) but for the generator."""
+    config = replace(CONFIG, width=3, response_length=5, preference_pairs=8)
+    model, rng = untrained(0, config)
+    demonstrated = loop.demonstrations(loop.WORDS[:8], config)
+    chosen = loop.collect_preferences(model, config, rng)
+    return (copied(model), *demonstrated), (loop.init_reward_model(model, rng), *chosen)
+
+
+@pytest.mark.parametrize("convert", [np.ndarray.tolist, Tensor, np.uint8])
+@pytest.mark.parametrize("function, which", TRAININGS)
+def test_texts_may_be_lists_or_tensors(function, which, convert):
+    results = []
+    for form in (np.asarray, convert):
+        model, *data = small_data()[which]
+        losses = function(model, *map(form, data), np.random.default_rng(0))
+        results.append(losses if which == 0 else losses[1])
+    np.testing.assert_allclose(*results, rtol=1e-6)
+
+
+@pytest.mark.parametrize("function, which", TRAININGS)
+def test_training_data_that_does_not_fit_is_refused(function, which):
+    """Above all what would be learned all the same, put together wrongly."""
+    model, prompts, responses, mask = small_data()[which]
+    wrong = [(prompts[:6], responses, mask), (prompts, responses[:6], mask)]
+    wrong += [(prompts, responses, np.tile(mask, (2, 1))), (prompts, responses, mask[:, :1])]
+    wrong += [(prompts[:0], responses[:0], mask[:0]), (prompts, responses, 0 * mask)]
+    if function is loop.train_reward_model:
+        wrong.append((prompts[:7], responses[:7], mask[:7]))  # whose is the last?
+    for data in wrong:
+        with pytest.raises(ValueError, match=r"^[\w, -]+: \w+ \w+"):
+            function(copied(model), *data, np.random.default_rng(0))
+
+
+@pytest.mark.parametrize("function, which", TRAININGS)
+def test_the_learning_rate_falls_to_0(function, which, monkeypatch):
+    rates, original = [], loop.adam_step
+    monkeypatch.setattr(
+        loop, "adam_step", lambda *given: rates.append(given[3]) or original(*given)
+    )
+    function(*small_data()[which], np.random.default_rng(0))
+    assert (np.diff(rates) < 0).all()
+    assert 0 < rates[-1] < rates[0] / 100
