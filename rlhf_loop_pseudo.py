@@ -1356,8 +1356,8 @@ Stage 2: A reward model that learns from a human's choices
   Choices between two: {config.preference_pairs}\tby the human's opinion, and some chance
   Loss: {start:.3f} -> {end:.3f}\tmean of -log sigmoid(chosen - rejected)
   Fresh pairs right: {right:.1%}\t± {noise:.1%}; by the human's opinion {best:.1%}
-    The human likes an even mix of vowels and consonants, no letter twice: from 0
-    to 1. The reward model sees only which of two was chosen; it is frozen now."""
+    The human likes an even mix of vowels and consonants, no letter twice; from
+    0 to 1. The reward model sees only which of two was chosen; it is frozen now."""
     heads = {"": "", "word": "actor", "human": "human", "score": "reward"}
     return page(text, table(heads, rows), "")
 
@@ -1481,8 +1481,8 @@ def update_page(data, config, why):
     actor loss = mean of -min(ratio * A, clipped ratio * A), A: last of step 6
 {critic}""".rstrip()
     answer = f"""{"".join(last)}    {why} At first the
-    weights are those that generated; the loss is then minus the mean of A, about
-    0, but its gradient is not. Clipped are tokens above {high} where A > 0, below
+    weights are those that generated; the loss is minus the mean of A, about 0,
+    but its gradient is not. Clipped are tokens above {high} where A > 0, below
     {low} where A < 0: they gain no more, so one batch moves no token far.
 
   Update complete!
@@ -1552,11 +1552,11 @@ def what_happened(history):
     words, _ = stretch_means(history["val/words"])
     verdict = "Moved less"
     if human[-1] < human[0] - 3 * math.hypot(noise[0], noise[-1]):
-        verdict = "Reward hacking, liked less"
+        verdict = "Reward hacking"
     elif words[-1] < 0.7 * words[0]:
         verdict = "Words are being lost"
     elif human[-1] >= 0.9:
-        verdict = "Better liked, still words"
+        verdict = "Better liked, in words"
     start, best, end = map(fixed, (human[0], human.max(), human[-1]))
     words = f"words {fixed(words[0])} to {fixed(words[-1])}"
     return f"{verdict}: human {start}, best {best}, end {end}; {words}"
