@@ -113,8 +113,14 @@ class Config:
         return self.vocab_size == len(LETTERS)
 
 
-WHOLE = "a whole number from 1 to 10^9", lambda x: x in range(1, 10**9 + 1)
-GROUP = "a whole number from 2 to 10^9", lambda x: x in range(2, 10**9 + 1)
+WHOLE = (
+    "a whole number from 1 to 10^9",
+    lambda x: isinstance(x, int) and 1 <= x <= 1e9,
+)
+GROUP = (
+    "a whole number from 2 to 10^9",
+    lambda x: isinstance(x, int) and 2 <= x <= 1e9,
+)
 PRICE = "a finite number of at least 0", lambda x: 0 <= x < math.inf
 SHARE = "a number from 0 to 1", lambda x: 0 <= x <= 1
 RULES = {
@@ -124,7 +130,7 @@ RULES = {
     "clip": ("a number between 0 and 1", lambda x: 0 < x < 1),
     "kl_estimator": ("k1, k2 or k3", lambda x: x in ("k1", "k2", "k3")),
     "advantage": ("gae, rloo or grpo", lambda x: x in ("gae", "rloo", "grpo")),
-    "seed": ("a whole number from 0 to 10^18", lambda x: x in range(10**18 + 1)),
+    "seed": ("a whole number of at least 0", lambda x: isinstance(x, int) and x >= 0),
 }
 
 # ---------------------------------------------------------------- 3. the loop
@@ -1356,8 +1362,8 @@ Stage 2: A reward model that learns from a human's choices
   Choices between two: {config.preference_pairs}\tby the human's opinion, and some chance
   Loss: {start:.3f} -> {end:.3f}\tmean of -log sigmoid(chosen - rejected)
   Fresh pairs right: {right:.1%}\t± {noise:.1%}; by the human's opinion {best:.1%}
-    The human likes an even mix of vowels and consonants, no letter twice; from
-    0 to 1. The reward model sees only which of two was chosen; it is frozen now."""
+    The human likes an even mix of vowels and consonants, no letter twice; from 0
+    to 1. The reward model sees only which one was chosen; it is frozen now."""
     heads = {"": "", "word": "actor", "human": "human", "score": "reward"}
     return page(text, table(heads, rows), "")
 
@@ -1437,9 +1443,9 @@ def advantages_text(data, config, why):
   GAE advantages: {shape}\t{preview(data, "advantages")}
 {whitened}    Value: the reward that the critic expects before a token is chosen. GAE,
     generalized advantage estimation: how much better it turned out.
-    δ[t] = reward[t] + γ value[t+1] - value[t]           γ = {config.gamma:g}, λ = {config.lam:g};
-    advantage[t] = δ[t] + γ λ advantage[t+1]             all are 0 past the end
-    return[t] = advantage[t] + value[t]                  reward still to come
+    δ[t] = reward[t] + γ value[t+1] - value[t], and all are 0 past the end
+    advantage[t] = δ[t] + γ λ advantage[t+1], γ = {config.gamma:g}, λ = {config.lam:g}
+    return[t] = advantage[t] + value[t], the reward still to come
     {why} A high reward may still be
     less than expected. Whitened, to mean 0 and variance 1: the update must not
     grow with the scale of the scores.
@@ -1545,13 +1551,13 @@ def response_page(data, config, row):
 def what_happened(history):
     """A sentence on a training: from the first stretch of steps, the best and the last.
 
-    Hacked: the end lies below the start, by three standard errors. Words lost: less
+    Hacked: the end lies below the start, by three standard errors. Losing words: less
     than 0.7 of them are left. Liked better: the human's opinion ends at 0.9 or more.
     """
     human, noise = stretch_means(history["objective/human_scores"])
     words, _ = stretch_means(history["val/words"])
     verdict = "Moved less"
-    if human[-1] < human[0] - 3 * math.hypot(noise[0], noise[-1]):
+    if human[-1] < human[0] - max(3 * math.hypot(noise[0], noise[-1]), 0.005):
         verdict = "Reward hacking"
     elif words[-1] < 0.7 * words[0]:
         verdict = "Words are being lost"
@@ -1773,7 +1779,11 @@ def refuse(given, configs):
         ("group_size", not all(gae), "with --advantage rloo or grpo"),
         ("preference_pairs", config.readable, "with --preset letters"),
         ("inspect pause", config.steps == 1, "in a walk-through, without --steps"),
-        ("inspect", given.get("inspect") in rows, f"with a row from 0 to {rows[-1]}"),
+        (
+            "inspect",
+            given.get("inspect", -1) in rows,
+            f"with a row from 0 to {rows[-1]}",
+        ),
         ("pause", sys.stdin and sys.stdin.isatty(), "in a terminal"),
         ("beta advantage", single or config.steps > 1, "with one value, or --steps"),
         ("beta advantage", different, "with each value once"),

@@ -386,6 +386,8 @@ def test_tokens_of_every_type(kind, of_int64):
     results = model_results(WIDE.model, *texts, converted(WIDE.mask), NUMBERS)
     human = loop.human_scores(*texts, converted(WIDE.mask), 128)
     close(human, loop.human_scores(*TOKENS, WIDE.mask, 128))
+    mixed = loop.token_logprobs(WIDE.model, texts[0], TOKENS[1])
+    close(mixed, of_int64["logprobs"])
     for name, expected in of_int64.items():
         np.testing.assert_allclose(results[name], expected, rtol=1e-9, atol=1e-12, err_msg=name)
 
