@@ -1345,8 +1345,9 @@ def stages_page(seen, config):
     start, end = choosing[:20].mean(), choosing[-20:].mean()
     pairs, right, best = len(words) // 2, seen["accuracy"], seen["human_accuracy"]
     noise = (right * (1 - right) / pairs) ** 0.5
+    differ = [row for row in range(pairs) if words[row] != words[row + pairs]]
     rows = []
-    for row in (0, pairs, 1, pairs + 1, 2, pairs + 2):
+    for row in np.add.outer(differ[:3], [0, pairs]).ravel():
         figures = fixed(seen["human"][row]), fixed(seen["scores"][row])
         rows.append(["chosen" if row < pairs else "rejected", words[row], *figures])
     text = f"""Stage 1: Fine-tuning on {len(WORDS)} words that a human wrote
@@ -1362,7 +1363,7 @@ Stage 2: A reward model that learns from a human's choices
   Choices between two: {config.preference_pairs}\tby the human's opinion, and some chance
   Loss: {start:.3f} -> {end:.3f}\tmean of -log sigmoid(chosen - rejected)
   Fresh pairs right: {right:.1%}\t± {noise:.1%}; by the human's opinion {best:.1%}
-    The human likes an even mix of vowels and consonants, no letter twice; from 0
+    The human likes vowels and consonants evenly mixed, no letter twice: from 0
     to 1. The reward model sees only which one was chosen; it is frozen now."""
     heads = {"": "", "word": "actor", "human": "human", "score": "reward"}
     return page(text, table(heads, rows), "")
@@ -1372,7 +1373,7 @@ def step_pages(data, config):
     """A question and its page for each of the steps, of what data holds by then."""
     group = "    Each stands {} times: a group of responses to compare.\n"
     group = "" if config.advantage == "gae" else group.format(config.group_size)
-    first = listed(data["prompts"][0], 3, " ", str)
+    first, *_ = texts_of(data["prompts"][:, :0], data["prompts"], config)
     yield (why := "Why only prompts, and no answers?")
     yield f"""Step 1: Sample prompts
   Batch size: {len(data["prompts"])}
@@ -1513,8 +1514,10 @@ def effect_page(data, models, config):
     weights = sum(w.nbytes for model in learning for w in model.values()) / 1e6
     backward = len(learning) * config.ppo_epochs
     forward = backward + len(learning) + 2
+    followed = np.mean((advantages > 0) == (after > before))
     note = f"""    mean A: of the advantage that acts, over the tokens. What was better than
-    expected became more probable, what was worse less so: that is RLHF.
+    expected became more probable, what was worse less so: that is RLHF, and
+    {followed:.0%} of all responses followed; others share tokens with their opposites.
     It cost {forward} forward and {backward} backward passes. Adam's m and v, running means of
     the gradient and its square, take twice the {weights:.2f} MB of learning weights.
 """
@@ -1693,7 +1696,7 @@ def differences(runs):
 LETTERS_PRESET = {"vocab_size": 27, "batch_size": 64, "prompt_length": 1, "beta": 0.2}
 LETTERS_PRESET |= {"response_length": 16, "learning_rate": 4e-3, "drift": 0.1}
 PRESETS = {"gpt2": {}, "letters": LETTERS_PRESET}
-SIZES = "batch_size prompt_length response_length vocab_size width preference_pairs"
+SIZES = "batch_size prompt_length response_length vocab_size width".split()
 ABOUT = "RLHF with PPO, in real numbers. Without flags: one step of it, shown."
 EXAMPLES = """examples:
   python rlhf_loop_pseudo.py --preset letters --inspect 3
