@@ -98,9 +98,22 @@ class Config:
     seed: Annotated[int, "seed of all randomness"] = 0
 
     def __post_init__(self):
+        whole = "a whole number from 1 to 10^9", lambda x: 1 <= x <= 1e9
+        group = "a whole number from 2 to 10^9", lambda x: 2 <= x <= 1e9
+        price = "a finite number of at least 0", lambda x: 0 <= x < math.inf
+        share = "a number from 0 to 1", lambda x: 0 <= x <= 1
+        rules = {
+            **dict.fromkeys(["vocab_size", "group_size"], group),
+            **dict.fromkeys(["beta", "learning_rate", "drift"], price),
+            **dict.fromkeys(["gamma", "lam"], share),
+            "clip": ("a number between 0 and 1", lambda x: 0 < x < 1),
+            "kl_estimator": ("k1, k2 or k3", lambda x: x in ("k1", "k2", "k3")),
+            "advantage": ("gae, rloo, grpo", lambda x: x in ("gae", "rloo", "grpo")),
+            "seed": ("a whole number of at least 0", lambda x: x >= 0),
+        }
         for name, value in vars(self).items():
-            rule, holds = RULES.get(name, WHOLE)
-            if not holds(value):
+            rule, holds = rules.get(name, whole)
+            if ("whole" in rule and not isinstance(value, int)) or not holds(value):
                 raise ValueError(f"--{name.replace('_', '-')}: {value} is not {rule}")
         if self.advantage != "gae" and self.batch_size % self.group_size:
             raise ValueError("--batch-size: is not a whole number of --group-size")
@@ -112,26 +125,6 @@ class Config:
         """Whether tokens are letters, so that the human can read what is written."""
         return self.vocab_size == len(LETTERS)
 
-
-WHOLE = (
-    "a whole number from 1 to 10^9",
-    lambda x: isinstance(x, int) and 1 <= x <= 1e9,
-)
-GROUP = (
-    "a whole number from 2 to 10^9",
-    lambda x: isinstance(x, int) and 2 <= x <= 1e9,
-)
-PRICE = "a finite number of at least 0", lambda x: 0 <= x < math.inf
-SHARE = "a number from 0 to 1", lambda x: 0 <= x <= 1
-RULES = {
-    **dict.fromkeys(["vocab_size", "group_size"], GROUP),
-    **dict.fromkeys(["beta", "learning_rate", "drift"], PRICE),
-    **dict.fromkeys(["gamma", "lam"], SHARE),
-    "clip": ("a number between 0 and 1", lambda x: 0 < x < 1),
-    "kl_estimator": ("k1, k2 or k3", lambda x: x in ("k1", "k2", "k3")),
-    "advantage": ("gae, rloo or grpo", lambda x: x in ("gae", "rloo", "grpo")),
-    "seed": ("a whole number of at least 0", lambda x: isinstance(x, int) and x >= 0),
-}
 
 # ---------------------------------------------------------------- 3. the loop
 
@@ -631,8 +624,8 @@ def fine_tune(model, prompts, responses, mask, rng):
     d loss / d log p = -1 / n
 
     400 Adam updates, each on 128 rows or all there are. prompts (N, P), responses,
-    mask (N, T). Returns the losses (400,), in nats a token. Source: InstructGPT
-    (Ouyang et al. 2022), section 3.5, supervised fine-tuning.
+    mask (N, T). Returns the losses (400,), in nats a token. Raises ValueError for
+    shapes that do not fit. Source: InstructGPT (Ouyang et al. 2022), section 3.5.
     """
     prompts, responses, mask = map(np.asarray, (prompts, responses, mask))
     if responses.shape != mask.shape or len(prompts) != len(mask) or not mask.any():
@@ -754,7 +747,8 @@ def train_reward_model(reward_model, prompts, responses, mask, rng):
     shifted and scaled to mean 0 and standard deviation 1 over these responses, if
     they differ at all. prompts (2 N, P), responses, mask (2 N, T): as returned by
     collect_preferences. Returns (reward_model, losses): a new model with a bias, and
-    (200,). Source: Stiennon et al. 2020, section 3.4; InstructGPT, section 3.5.
+    (200,). Raises ValueError for shapes that do not fit. Source: Stiennon et al.
+    2020, section 3.4; InstructGPT, section 3.5.
     """
     reward_model = {p: reward_model[p].copy() for p in ("embed", "mix", "head")}
     prompts, responses, mask = map(np.asarray, (prompts, responses, mask))
@@ -976,7 +970,7 @@ def backward_logprobs(model, cache, d_logprobs):
 
 
 def sum_by_token(tokens, rows, vocab_size):
-    """Add up the rows (..., D) of each token (...): (V, D). Flat, as this is faster."""
+    """Add up the rows (..., D) of each token (...): (V, D); flat, which is fast."""
     width = rows.shape[-1]
     sums = np.zeros(vocab_size * width, dtype=rows.dtype)
     places = tokens[..., None].astype(np.int64) * width + np.arange(width)
@@ -1004,7 +998,7 @@ def is_clipped(ratio, advantages, clip):
 
 
 def exact_kl(logits, reference, prompts, responses):
-    """KL(actor || reference): at each position Σ over v of p(v) (log p(v) - log q(v)).
+    """KL(actor || reference), at each position Σ over v of p(v) log(p(v) / q(v)).
 
     logits (B, T, V) are the actor's. Returns (B, T) in nats; padding is not masked.
     """
@@ -1020,7 +1014,7 @@ def exact_kl(logits, reference, prompts, responses):
 
 
 def completes_word(prompts, responses, mask, config):
-    """Whether prompt and response are a demonstrated word, end token and all. (B,)."""
+    """Whether prompt and response are a demonstrated word and its end token. (B,)."""
     shown = np.concatenate(demonstrations(WORDS, config)[:2], axis=1)  # (N, 1 + T)
     responses = np.where(mask, responses, config.vocab_size - 1)
     written = np.concatenate([prompts, responses], axis=1)  # (B, 1 + T)
@@ -1095,14 +1089,14 @@ def train(models, config, rng):
 
 
 def check_finite(models, data, step):
-    """Raises FloatingPointError where a step has left nothing that can be trained on."""
+    """Raises FloatingPointError where a step has left nothing to train on."""
     learned = [*models.actor.values(), *(models.critic or {}).values()]
     losses = [*data["actor_loss"], *data["critic_loss"]]
     sound = np.isfinite(losses).all() and all((abs(w) < 1e6).all() for w in learned)
     if not sound or np.isin(data["ratio"][-1][data["mask"] != 0], [0, np.inf]).all():
         raise FloatingPointError(
             f"step {step} diverged: a loss is not finite, a weight beyond a million or "
-            "every ratio 0 or infinite; try a lower --learning-rate, --beta or --drift"
+            "every ratio 0 or infinite; lower --learning-rate, --beta or --drift"
         )
 
 
@@ -1434,7 +1428,7 @@ def step_pages(data, config):
 
 
 def advantages_text(data, config, why):
-    """Step 6."""
+    """The page of step 6, with a critic or without."""
     shape = data["mask"].shape
     whitened = f"  Whitened: {shape}\t{preview(data, 'whitened')}\n"
     if config.advantage == "gae":
@@ -1469,7 +1463,7 @@ def advantages_text(data, config, why):
 
 
 def update_page(data, config, why):
-    """Step 7."""
+    """The page of step 7, a row for each epoch."""
     low, high = f"{1 - config.clip:g}", f"{1 + config.clip:g}"
     real = data["mask"] != 0
     losses = {owner: data[f"{owner}_loss"] for owner in ("actor", "critic")}
@@ -1817,7 +1811,7 @@ def functions_named(name):
     """Functions of this file by name, in any case, or by their step; none for ""."""
     docs = {n: str(x.__doc__) for n, x in globals().items() if inspect.isfunction(x)}
     names = [known for known in docs if known.lower() == name.lower()]
-    names = names or [known for known, doc in docs.items() if f"Step {name}" in doc]
+    names = names or [n for n, doc in docs.items() if doc.startswith(f"Step {name}")]
     if name and not names:
         raise ValueError(f"--show: {name} is no function here{meant(name, docs)}")
     return names
@@ -1854,7 +1848,7 @@ def show_page(name):
     if name:
         return Text(source_of(functions_named(name)))
     functions = [x for x in globals().values() if inspect.isfunction(x)]
-    public = [f for f in functions if "Source: " in str(f.__doc__)]
+    public = [f for f in functions if "Source:" in str(f.__doc__)]
     lines = [f"  {f.__name__:20} {f.__doc__.splitlines()[0]}" for f in public]
     return Text("\n".join(lines))
 
