@@ -377,9 +377,9 @@ def gae(rewards, values, mask, gamma, lam):
     (B, T) both, 0 at padding. Raises ValueError for shapes that differ.
     Source: Schulman et al. 2016, equations 11 and 16 to 18.
     """
-    if not np.shape(rewards) == np.shape(values) == np.shape(mask):
-        raise ValueError("rewards, values, mask: shapes are not (B, T), all three")
     real = np.asarray(mask).astype(bool)
+    if real.ndim != 2 or not np.shape(rewards) == np.shape(values) == real.shape:
+        raise ValueError("rewards, values, mask: shapes are not (B, T), all three")
     rewards = np.where(real, rewards, 0.0)
     values = np.where(real, values, 0.0)
     advantages = np.zeros(real.shape, dtype=np.result_type(rewards, values))
@@ -752,7 +752,8 @@ def train_reward_model(reward_model, prompts, responses, mask, rng):
     """
     reward_model = {p: reward_model[p].copy() for p in ("embed", "mix", "head")}
     prompts, responses, mask = map(np.asarray, (prompts, responses, mask))
-    if len(prompts) % 2 or not len(prompts) == len(responses) == len(mask):
+    rows = {len(prompts), len(responses), len(mask)}
+    if len(rows) > 1 or len(prompts) % 2 or not len(prompts):
         raise ValueError("prompts, responses, mask: not 2 N rows each")
     pairs, state, losses = len(prompts) // 2, {}, []
     for learning_rate in np.linspace(5e-3, 0, 200, endpoint=False):
@@ -1095,7 +1096,7 @@ def check_finite(models, data, step):
     sound = np.isfinite(losses).all() and all((abs(w) < 1e6).all() for w in learned)
     if not sound or np.isin(data["ratio"][-1][data["mask"] != 0], [0, np.inf]).all():
         raise FloatingPointError(
-            f"step {step} diverged: a loss is not finite, a weight beyond a million or "
+            f"step {step} diverged: a loss is not finite, a weight beyond 10^6, or "
             "every ratio 0 or infinite; lower --learning-rate, --beta or --drift"
         )
 

@@ -271,7 +271,7 @@ def show_torch_rows(config, inputs):
     )
     step = json.dumps({"prompts": prompts.tolist(), **vars(config)})
     same_step = __file__, "--torch-step", step
-    measured = ratios(7, partial(run, *same_step), partial(run, str(SCRIPT)))
+    measured = ratios(5, partial(run, *same_step), partial(run, str(SCRIPT)))
     show("walk-through / the same step in PyTorch, whole processes", *measured, 0.35)
     show("peak memory of that step in PyTorch", peak(*same_step), None, " MB")
     actor = {name: torch.tensor(w, requires_grad=True) for name, w in inputs[0].items()}

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import shown
 
 import rlhf_loop_pseudo as loop
+from conftest import shown
 
 SCRIPT = Path(loop.__file__)
 TINY = "--vocab-size 12 --batch-size 4 --prompt-length 3 --response-length 5 --width 4"
@@ -82,7 +82,9 @@ def test_a_full_disk_leaves_the_old_file_and_the_other_one_is_written(
     assert re.fullmatch(r"rlhf_loop_pseudo.py: .*No space left.*\n", capsys.readouterr().err)
     assert (tmp_path / full).read_text() == "old"
     assert sorted(os.listdir(tmp_path)) == ["x.npz", "x.txt"]
-    assert min((tmp_path / name).stat().st_size > 100 or name == full for name in ("x.npz", "x.txt"))
+    assert min(
+        (tmp_path / name).stat().st_size > 100 or name == full for name in ("x.npz", "x.txt")
+    )
 
 
 def test_a_place_that_cannot_be_written_is_refused_before_any_work(tmp_path, monkeypatch, capsys):
@@ -133,7 +135,9 @@ def contrast(colour, background):
     light = []
     for one in (colour, background):
         channels = np.array([int(one[i : i + 2], 16) / 255 for i in (1, 3, 5)])
-        linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+        linear = np.where(
+            channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4
+        )
         light.append(linear @ [0.2126, 0.7152, 0.0722] + 0.05)
     return max(light) / min(light)
 
@@ -273,7 +277,6 @@ def test_colours_where_there_are_any_and_the_same_text_everywhere(flags, capsys,
 
 
 WIDE = [
-    "--batch-size 2 --inspect 0",
     "--vocab-size 7 --response-length 3 --inspect 0",
     "--vocab-size 50257 --width 2 --batch-size 8 --response-length 3 --advantage grpo --inspect 7",
     f"{TINY} --advantage rloo --learning-rate 0.3 --gamma 0.87654321 --advantage gae --lam 0.54321",
@@ -315,7 +318,7 @@ def uncoloured(output):
 
 
 def in_terminal(*arguments, answers=(), early=b""):
-    """The script in a terminal; at each wait for Enter, the next answer. (code, output up to each)."""
+    """The script in a terminal: (code, output up to each wait for Enter, which gets an answer)."""
     import pty
     import select
 
@@ -370,7 +373,9 @@ def test_ctrl_d_ends_the_walk(tmp_path):
 @posix
 def test_live_figures_are_of_each_step_and_leave_nothing_behind(tmp_path):
     path = tmp_path / "x.npz"
-    code, (output,) = in_terminal(*SMALL.split(), "--steps", "25", "--beta", "1", "--save", str(path))
+    code, (output,) = in_terminal(
+        *SMALL.split(), "--steps", "25", "--beta", "1", "--save", str(path)
+    )
     assert code == 0
     plain = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", output)
     with np.load(path) as data:

@@ -8,9 +8,9 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import shown
 
 import rlhf_loop_pseudo as loop
+from conftest import shown
 
 TINY = "--vocab-size 12 --batch-size 4 --prompt-length 3 --response-length 5 --width 4"
 COUNTS = "batch-size prompt-length response-length width preference-pairs steps ppo-epochs".split()
@@ -22,7 +22,7 @@ BAD = {
     **{f"--{name}": NO_PRICE for name in ("beta", "learning-rate", "drift")},
     **{f"--{name}": ["-0.1", "1.1", "nan", "inf", "all"] for name in ("gamma", "lam")},
     "--clip": ["0", "1", "-0.2", "nan"],
-    "--seed": ["-1", "0.5", "1e3", "nan", "9" * 30],
+    "--seed": ["-1", "0.5", "1e3", "nan"],
     "--inspect": ["4", "-1", "first", "0.5"],
     "--kl-estimator": ["k4", "K1"],
     "--advantage": ["ppo", "gea"],
@@ -131,7 +131,7 @@ def test_functions_are_found_in_any_case_and_by_step(capsys):
     assert pages[0] == pages[1]
     for name in "critic_values gae rloo_advantages grpo_advantages whiten".split():
         assert f"def {name}(" in pages[2]
-    assert "def kl_penalty(" not in pages[2]
+    assert not re.search("^def (kl_penalty|.*_(text|page))", pages[2], re.M)
     assert pages[3] == pages[4]
 
 
@@ -152,7 +152,9 @@ def test_to_pause_somebody_must_be_there(refused, monkeypatch):
 
 
 def test_a_flag_that_has_an_effect_on_one_run_is_allowed(capsys):
-    assert loop.main(f"{TINY} --steps 2 --gamma 0.9 --group-size 2 --advantage gae rloo".split()) == 0
+    assert (
+        loop.main(f"{TINY} --steps 2 --gamma 0.9 --group-size 2 --advantage gae rloo".split()) == 0
+    )
     assert loop.main(f"{TINY} --advantage grpo --group-size 2 --inspect 3".split()) == 0
 
 
@@ -161,17 +163,33 @@ def settings_of(flags, folder):
     return json.loads(str(shown(flags, folder)[1]["config"]))
 
 
-def test_the_letters_preset_and_flags_that_win_over_it(tmp_path):
+def test_the_letters_preset_and_flags_that_win_over_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "one_step_pages", lambda *_: [])  # what it does is tested elsewhere
     little = "--preference-pairs 20 --response-length 6 --width 4"
     letters = settings_of(f"--preset letters {little}", tmp_path)
-    own = {"vocab_size": 27, "batch_size": 64, "prompt_length": 1, "beta": 0.2, "preference_pairs": 20}
+    own = {
+        "vocab_size": 27,
+        "batch_size": 64,
+        "prompt_length": 1,
+        "beta": 0.2,
+        "preference_pairs": 20,
+    }
     assert letters == letters | own
     assert letters["drift"] > 0
     assert settings_of(f"--vocab-size 27 {little}", tmp_path) == letters
-    given = {"batch_size": 2, "beta": 0.7, "drift": 0.5, "learning_rate": 0.125, "seed": 5, "width": 6}
+    given = {
+        "batch_size": 2,
+        "beta": 0.7,
+        "drift": 0.5,
+        "learning_rate": 0.125,
+        "seed": 5,
+        "width": 6,
+    }
     flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in given.items())
     assert settings_of(f"{little} {flags} --preset letters", tmp_path) == letters | given
-    other = settings_of("--preset letters --vocab-size 11 --batch-size 2 --response-length 3", tmp_path)
+    other = settings_of(
+        "--preset letters --vocab-size 11 --batch-size 2 --response-length 3", tmp_path
+    )
     assert other == other | {"vocab_size": 11, "prompt_length": 1, "beta": 0.2}
 
 
@@ -191,7 +209,9 @@ def test_help_has_every_flag_and_no_other_programs_names(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     assert loop.main(["--help"]) == 0
     text = capsys.readouterr().out
-    fields = {"--" + name.replace("_", "-"): f for name, f in loop.Config.__dataclass_fields__.items()}
+    fields = {
+        "--" + name.replace("_", "-"): f for name, f in loop.Config.__dataclass_fields__.items()
+    }
     own = "--preset --inspect --pause --show --save --export --theme".split()
     helps = {part.split()[0]: " ".join(part.split()) for part in re.split(r"\n  (?=--)", text)[1:]}
     assert set(helps) == {*fields, *own}

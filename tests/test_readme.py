@@ -81,6 +81,7 @@ def four():
     return printed(block("console", "$ python rlhf_loop_pseudo.py --preset").splitlines()[0][9:])
 
 
+@pytest.mark.claims
 def test_what_four_betas_come_to(four):
     """The words may differ from processor to processor, the verdicts may not."""
     shown = block("console", "$ python rlhf_loop_pseudo.py --preset")

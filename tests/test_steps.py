@@ -436,10 +436,12 @@ def test_adam_changes_only_what_has_a_gradient_and_in_place():
 @pytest.mark.parametrize("size", [1, 1e-4])
 def test_adam_with_every_type(dtype, gradient_type, size):
     """The square of a gradient of 1e-4 is 0 in float16, and what is divided by it infinite."""
-    params = {"w": np.ones(2, dtype)}
+    params, state = {"w": np.ones(2, dtype)}, {}
     gradient = np.array([size, -size]).astype(gradient_type)
-    loop.adam_step(params, {"w": gradient}, {}, 0.25)
+    loop.adam_step(params, {"w": gradient}, state, 0.25)
     assert params["w"].dtype == dtype
+    kept = np.result_type(gradient, np.float32)
+    assert state["m"]["w"].dtype == state["v"]["w"].dtype == kept
     np.testing.assert_allclose(params["w"], 1 - 0.25 * np.sign(gradient), rtol=1e-3)
 
 

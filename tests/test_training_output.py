@@ -9,10 +9,10 @@ import re
 
 import numpy as np
 import pytest
-from conftest import numbers, rounds, shown
-from record import same_as_recorded
 
 import rlhf_loop_pseudo as loop
+from conftest import numbers, rounds, shown
+from record import same_as_recorded
 
 SMALL = "--preset letters --batch-size 8 --preference-pairs 200 --width 8 --learning-rate 1e-3"
 SEVERAL = f"{SMALL} --steps 6 --beta 0 0.2 --advantage rloo gae"
@@ -83,7 +83,9 @@ def test_rows_are_means_over_stretches_that_double():
 @pytest.mark.parametrize("best", range(3))
 def test_the_star_is_at_the_largest_figure_of_its_column(best):
     run = made_run()
-    run["history"]["objective/human_scores"] = np.where(np.r_[0, 1, 1, 2, 2, 2, 2] == best, 0.6, 0.5)
+    run["history"]["objective/human_scores"] = np.where(
+        np.r_[0, 1, 1, 2, 2, 2, 2] == best, 0.6, 0.5
+    )
     rows = rows_of(loop.training_page(run))
     assert [row[2].endswith("*") for row in rows] == [place == best for place in range(3)]
     assert not any("*" in cell for row in rows for cell in row[:2] + row[3:])
@@ -105,8 +107,15 @@ def test_the_chart_has_its_marks_where_the_figures_are():
     runs[1]["history"]["objective/human_scores"] = np.full(7, 0.25)
     lines = lines_of(loop.chart_page(runs))
     grid = [line.partition("│")[2].ljust(60) for line in lines if "│" in line]
-    first, second = (next(x.split()[0] for x in lines if x.endswith(f" {r['label']}")) for r in runs)
-    marks = {(row, column): m for row, line in enumerate(grid) for column, m in enumerate(line) if m != " "}
+    first, second = (
+        next(x.split()[0] for x in lines if x.endswith(f" {r['label']}")) for r in runs
+    )
+    marks = {
+        (row, column): m
+        for row, line in enumerate(grid)
+        for column, m in enumerate(line)
+        if m != " "
+    }
     for run, mark in zip(runs, (first, second)):
         columns = np.sqrt(run["history"]["objective/kl"] / 49) * 59  # 49 is the largest
         rows = (0.875 - run["history"]["objective/human_scores"]) / 0.625 * (len(grid) - 1)
@@ -123,14 +132,19 @@ def test_a_mark_for_each_of_nine():
 
 
 def test_each_figure_of_the_outcome_is_in_its_labels_row():
-    runs = [made_run(), made_run(label="second", shift=0.5, human=2.25, J_star=np.nan, share=np.nan)]
+    runs = [
+        made_run(),
+        made_run(label="second", shift=0.5, human=2.25, J_star=np.nan, share=np.nan),
+    ]
     page = loop.outcome_page(runs)
     assert rows_of(page, "first")[0] == ["first", "first."]
     assert rows_of(page, "first")[-1] == "first 0.12 2.12 3.12 1.12 4.125 5.125 6.125 712.5".split()
     assert rows_of(page, "second")[0] == ["second", "second."]
     assert rows_of(page, "second")[-1] == "second 0.62 2.25* 3.62 1.62 4.625 5.625 - -".split()
     errors = [numbers(line) for line in lines_of(page) if len(numbers(line)) == 4 and "±" in line]
-    assert all(map(rounds, errors[0], [4.125 / 64, 5.125 / 64, 6.125 / 64, 712.5 / 64], [3, 3, 3, 1]))
+    assert all(
+        map(rounds, errors[0], [4.125 / 64, 5.125 / 64, 6.125 / 64, 712.5 / 64], [3, 3, 3, 1])
+    )
     assert all(map(rounds, errors[1], [x / 64 for x in (4.625, 5.625, 6.625, 762.5)], [3, 3, 3, 1]))
 
 
@@ -143,9 +157,15 @@ def test_each_run_has_its_words_and_what_happened_to_it():
         assert loop.what_happened(run["history"]) in lines[place + 1]
 
 
-@pytest.mark.parametrize(("gap", "differ"), [(0.5, True), (0.29, True), (0.27, False), (0.01, False)])
+@pytest.mark.parametrize(
+    ("gap", "differ"), [(0.5, True), (0.29, True), (0.27, False), (0.01, False)]
+)
 def test_whether_advantages_differ_is_said_as_their_errors_say(gap, differ):
-    outcomes = [{"J": 1.0, "J_error": 0.1}, {"J": 1 + gap, "J_error": 0.1}, {"J": 1.005, "J_error": 9.0}]
+    outcomes = [
+        {"J": 1.0, "J_error": 0.1},
+        {"J": 1 + gap, "J_error": 0.1},
+        {"J": 1.005, "J_error": 9.0},
+    ]
     runs = [made_run(label=str(i), **outcome) for i, outcome in enumerate(outcomes)]
     sentences = [line for line in lines_of(loop.outcome_page(runs)) if "differ" in line]
     noise = 0.02**0.5

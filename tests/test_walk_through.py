@@ -6,13 +6,14 @@ Views are given small arrays of distinct numbers; all else is read from what --s
 import io
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import after, numbers, rounds, shown
-from record import same_as_recorded
 
 import rlhf_loop_pseudo as loop
+from conftest import after, numbers, rounds, shown
+from record import same_as_recorded
 
 PROMISED = """\
 === RLHF Training Loop Demo ===
@@ -56,7 +57,6 @@ Step 7: PPO update
 """
 LETTERS = loop.Config(batch_size=2, prompt_length=1, response_length=4, vocab_size=27, drift=0.1)
 NUMBERS = loop.Config(batch_size=2, prompt_length=1, response_length=4, vocab_size=40, beta=0.5)
-GROUPS = dict(batch_size=2, group_size=2, prompt_length=1, response_length=4, vocab_size=40)
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +79,7 @@ def cells(view):
 
 def test_transcript_of_the_walk_through(walk):
     same_as_recorded("walk_through", walk[0])
+    assert max(map(len, walk[0].splitlines())) <= 80
 
 
 def test_the_promised_lines_in_their_order_with_the_numbers_of_the_arrays(walk):
@@ -94,7 +95,9 @@ def test_the_promised_lines_in_their_order_with_the_numbers_of_the_arrays(walk):
     assert all(map(rounds, numbers(after(text, "Total rewards:")), data["rewards"].sum(1), [2] * 4))
     assert rounds(numbers(after(text, "Mean KL:"))[0], data["kl"][real].mean(), 3)
     for owner in ("actor", "critic"):
-        assert rounds(numbers(after(text, f"{owner.title()} loss:"))[0], data[f"{owner}_loss"][-1], 3)
+        assert rounds(
+            numbers(after(text, f"{owner.title()} loss:"))[0], data[f"{owner}_loss"][-1], 3
+        )
 
 
 def test_a_figure_that_stands_twice_is_the_same(walk):
@@ -103,7 +106,9 @@ def test_a_figure_that_stands_twice_is_the_same(walk):
     totals = numbers(after(text, "Total rewards:"))
     effect = [row for row in rows if len(row) == 6 and row[0] in "0123"]
     assert [float(row[1]) for row in effect] == totals
-    assert numbers(after(text, "Mean KL:"))[0] in numbers(text.split("Exact KL")[1].split("Step 5")[0])
+    assert numbers(after(text, "Mean KL:"))[0] in numbers(
+        text.split("Exact KL")[1].split("Step 5")[0]
+    )
     last = [row for row in rows if row[:1] == ["4"] and ".." in row][-1]
     for place, owner in ((-2, "Actor loss:"), (-1, "Critic loss:")):
         assert abs(float(last[place]) - numbers(after(text, owner))[0]) <= 0.00056
@@ -117,7 +122,12 @@ def test_what_is_saved(walk):
     wide = "old_logprobs ref_logprobs kl k1 k2 k3 exact_kl rewards values td_errors advantages"
     wide = f"{wide} returns whitened new_logprobs mask responses".split()
     shapes = dict.fromkeys(wide, (4, 128)) | {"prompts": (4, 64), "scores": (4,), "lr": ()}
-    shapes |= {"ratio": (4, 4, 128), "clipped": (4, 4, 128), "actor_loss": (4,), "critic_loss": (4,)}
+    shapes |= {
+        "ratio": (4, 4, 128),
+        "clipped": (4, 4, 128),
+        "actor_loss": (4,),
+        "critic_loss": (4,),
+    }
     assert {name: array.shape for name, array in data.items()} == shapes
     kinds = {"prompts": "i", "responses": "i", "clipped": "b"}
     assert all(array.dtype.kind == kinds.get(name, "f") for name, array in data.items())
@@ -126,7 +136,7 @@ def test_what_is_saved(walk):
 
 
 def test_the_seed_decides_and_nothing_else(tmp_path):
-    flags = "--preset letters --batch-size 4 --preference-pairs 50 --width 4 --response-length 5"
+    flags = "--preset letters --batch-size 4 --preference-pairs 50 --width 4 --response-length 3"
     first, again, other = (shown(f"{flags} --seed {seed}", tmp_path)[0] for seed in (1, 1, 2))
     assert first == again
     assert first.split("Step 1")[0] != other.split("Step 1")[0]
@@ -136,7 +146,7 @@ def test_the_seed_decides_and_nothing_else(tmp_path):
 
 
 def by_hand(config):
-    """What a step leaves, in distinct numbers; row 0 ends at its third token, row 1 at its second."""
+    """What a step leaves, in distinct numbers; rows end at their third and second token."""
     count = iter(range(1, 99))
     mask = np.array([[1.0, 1, 1, 0], [1, 1, 0, 0]])
 
@@ -155,7 +165,9 @@ def by_hand(config):
         "new_logprobs": np.array([[-0.125, -0.25, -0.25, 0], [-2, -0.5, 0, 0]]),
         "k1": np.array([[-0.5, 0.25, 0.375, 0], [-0.125, 0.75, 0, 0]]),
         "scores": np.array([0.75, -1.25]),
-        "ratio": np.array([[[1, 1, 1, 0], [1, 1, 0, 0]], [[0.5, 1.375, 0.75, 0], [1.25, 1.5, 0, 0]]]),
+        "ratio": np.array(
+            [[[1, 1, 1, 0], [1, 1, 0, 0]], [[0.5, 1.375, 0.75, 0], [1.25, 1.5, 0, 0]]]
+        ),
         "clipped": np.array([np.zeros((2, 4)), [[0, 1, 0, 0], [1, 0, 0, 0]]]) == 1,
         "actor_loss": np.array([-0.00001, -0.0625]),
         "critic_loss": np.array([1.5, 1.25]),
@@ -206,7 +218,7 @@ def test_each_figure_of_the_steps_is_at_its_place():
 
 @pytest.mark.parametrize("method", ["rloo", "grpo"])
 def test_without_a_critic_a_group_is_compared(method):
-    config = loop.Config(**GROUPS, advantage=method)
+    config = replace(NUMBERS, group_size=2, advantage=method)
     data = {n: x for n, x in by_hand(config).items() if n not in ("values", "td_errors", "returns")}
     data |= {"rewards": np.array([[0, 0, 1.5, 0], [0, -0.25, 0, 0]]), "critic_loss": np.array([])}
     data["advantages"] = np.array([[1.75], [-1.75]]) * data["mask"]
@@ -218,7 +230,11 @@ def test_without_a_critic_a_group_is_compared(method):
     assert holds(six, 2, 4, *data["whitened"][0, :3]) == (method == "rloo")
     assert ["2", "0.500", "..", "1.500", "40.0%", "-0.0625"] in seven
     models = loop.init_models(config, np.random.default_rng(0))
-    shown = [cells(loop.response_page(data, config, 0)), cells(loop.effect_page(data, models, config))]
+    shown = [
+        cells(loop.response_page(data, config, 0)),
+        cells(loop.effect_page(data, models, config)),
+    ]
+    assert holds(shown[1], 7, 4)
     lines = seven + six + shown[0] + shown[1]
     assert not any(re.search("critic loss|GAE|values?:", " ".join(line), re.I) for line in lines)
 
@@ -229,8 +245,16 @@ def test_what_the_update_did():
     data["whitened"] = np.array([[1, 2, 1.5, 9], [-0.25, -0.75, 9, 9]]) * data["mask"]
     models = loop.init_models(config, np.random.default_rng(0))
     lines = cells(loop.effect_page(data, models, config))
-    first, second = (["cat.", *names], ["do.", *"0.00 -0.50 -2.25 -2.50 -0.25 10.54% -> 8.21%".split()])
+    first, second = (
+        ["cat.", *names],
+        ["do.", *"0.00 -0.50 -2.25 -2.50 -0.25 10.54% -> 8.21%".split()],
+    )
     assert lines.index(second) == lines.index(first) + 1  # responses in their order
+    assert holds(lines, 100)  # percent of the responses whose probability went as A says
+    assert holds(lines, 12, 8)  # passes: 8 in the epochs, one of the critic, three before
+    assert holds(lines, 0.0187)  # MB of float32 in (27 * 32 * 2 + 32 * 32) + (27 * 32 + 32 * 33)
+    opposite = data | {"whitened": abs(data["whitened"])}
+    assert holds(cells(loop.effect_page(opposite, models, config)), 50)
     lines = cells(loop.effect_page(data, models, NUMBERS))
     assert ["0", *names[:5]] in lines
     assert ["1", *second[1:6]] in lines
@@ -244,14 +268,16 @@ def test_a_response_token_by_token(config, token, row):
     wanted = [data[name][row, 1] for name in names.split()]
     rows = [line for line in lines if line[:1] in (["0"], ["1"], ["2"], ["3"])]
     assert [line[0] for line in rows] == ["0", "1", "2"]  # not the padding
-    _, letter, *figures, ratio = rows[1]
+    _, letter, *figures, _ = rows[1]
     assert letter == token
     assert all(abs(float(x) - y) <= 0.0051 for x, y in zip(figures, wanted, strict=True))
     assert [line[-1] for line in rows] == ["0.50", "1.38*", "0.75"]  # of the last epoch
 
 
 def test_a_response_of_another_row():
-    rows = [line for line in cells(loop.response_page(by_hand(LETTERS), LETTERS, 1)) if len(line) == 12]
+    rows = [
+        line for line in cells(loop.response_page(by_hand(LETTERS), LETTERS, 1)) if len(line) == 12
+    ]
     assert [line[1] for line in rows[1:]] == ["o", "."]
     assert [line[-1] for line in rows[1:]] == ["1.25*", "1.50"]
 
