@@ -137,9 +137,15 @@ def test_what_is_saved(walk):
 
 def test_the_seed_decides_and_nothing_else(tmp_path):
     flags = "--preset letters --batch-size 4 --preference-pairs 50 --width 4 --response-length 3"
-    first, again, other = (shown(f"{flags} --seed {seed}", tmp_path)[0] for seed in (1, 1, 2))
+    runs = [shown(f"{flags} --seed {seed}", tmp_path) for seed in (1, 1, 2)]
+    (first, data), (again, _), (other, _) = runs
     assert first == again
     assert first.split("Step 1")[0] != other.split("Step 1")[0]
+    padding = data["mask"] == 0
+    assert padding.any()
+    for name, array in data.items():
+        if array.shape[-2:] == padding.shape and not name.startswith(("responses", "pref")):
+            assert not array[..., padding].any(), name
     tiny = "--vocab-size 2 --prompt-length 1 --response-length 1"  # only the models are left
     seen = [set(shown(f"{tiny} --seed {s}", tmp_path)[1]["ref_logprobs"].flat) for s in (1, 2)]
     assert not seen[0] & seen[1]
@@ -183,10 +189,14 @@ def pages_of(data, config):
 
 def holds(page, *figures):
     """Whether these figures stand in one of its lines, in this order, rounded as they are there."""
+
+    def same(printed, figure):
+        return (printed.decimals or figure % 1 == 0) and rounds(printed, figure, printed.decimals)
+
     for line in page:
         found = numbers(" ".join(line))
         for start in range(len(found) - len(figures) + 1):
-            if all(rounds(x, y, x.decimals) for x, y in zip(found[start:], figures)):
+            if all(map(same, found[start:], figures)):
                 return True
     return False
 
@@ -275,11 +285,11 @@ def test_a_response_token_by_token(config, token, row):
 
 
 def test_a_response_of_another_row():
-    rows = [
-        line for line in cells(loop.response_page(by_hand(LETTERS), LETTERS, 1)) if len(line) == 12
-    ]
-    assert [line[1] for line in rows[1:]] == ["o", "."]
-    assert [line[-1] for line in rows[1:]] == ["1.25*", "1.50"]
+    data = by_hand(LETTERS)
+    rows = [line for line in cells(loop.response_page(data, LETTERS, 1)) if len(line) == 12][-2:]
+    assert [line[1] for line in rows] == ["o", "."]
+    assert [line[-1] for line in rows] == ["1.25*", "1.50"]
+    assert holds(rows, 0, -1.5, data["ref_logprobs"][1, 0], data["kl"][1, 0], data["rewards"][1, 0])
 
 
 def test_the_stages_before_the_loop():
