@@ -136,7 +136,7 @@ def test_what_is_saved(walk):
 
 
 def test_the_seed_decides_and_nothing_else(tmp_path):
-    flags = "--preset letters --batch-size 4 --preference-pairs 50 --width 4 --response-length 3"
+    flags = "--preset letters --batch-size 8 --preference-pairs 50 --width 8 --response-length 8"
     runs = [shown(f"{flags} --seed {seed}", tmp_path) for seed in (1, 1, 2)]
     (first, data), (again, _), (other, _) = runs
     assert first == again
