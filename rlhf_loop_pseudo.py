@@ -1178,6 +1178,29 @@ def best_objective(start, beta):
     return best, best.mean() - (highest + beta * np.log(halves)).mean()
 
 
+def gain_shares(start, reached, beta, every_prompt):
+    """J_start, J, J_star and the share of the gain, with standard errors, by name.
+
+    start, reached (prompts, responses) are score - beta * KL of both policies' responses.
+    """
+    estimates = {"J_start": start, "J": reached, "J_star": start * np.nan}
+    gain = dict.fromkeys(("share", "share_error", "settled"), np.nan)
+    if beta:
+        best, bias = best_objective(start, beta)
+        estimates["J_star"], stake = best, best - start
+        share = (reached - start).mean() / stake.mean()
+        error = standard_error(reached - start - share * stake, every_prompt)
+        settled = bias <= standard_error(best, every_prompt)
+        clear = stake.mean() > max(3 * standard_error(stake, every_prompt), 1e-6)
+        gain["settled"] = float(settled)
+        if settled and clear:
+            gain["share"], gain["share_error"] = share, error / stake.mean()
+    for name, values in estimates.items():
+        gain[name] = values.mean()
+        gain[f"{name}_error"] = standard_error(values, every_prompt)
+    return gain
+
+
 def attainable_gain(models, config, rng, response_count=512):
     """How much of what is possible training has reached, in J = E[score] - β E[KL].
 
@@ -1214,22 +1237,7 @@ def attainable_gain(models, config, rng, response_count=512):
         texts = prompts, responses, mask
         gain["human"] = human_scores(*texts, config.vocab_size).mean()
         gain["words"] = completes_word(*texts, config).mean()
-    estimates = {"J_start": start, "J": reached, "J_star": start * np.nan}
-    gain |= dict.fromkeys(("share", "share_error", "settled"), np.nan)
-    if config.beta:
-        best, bias = best_objective(start, config.beta)
-        estimates["J_star"], stake = best, best - start
-        share = (reached - start).mean() / stake.mean()
-        error = standard_error(reached - start - share * stake, every_prompt)
-        settled = bias <= standard_error(best, every_prompt)
-        clear = stake.mean() > max(3 * standard_error(stake, every_prompt), 1e-6)
-        gain["settled"] = float(settled)
-        if settled and clear:
-            gain["share"], gain["share_error"] = share, error / stake.mean()
-    for name, values in estimates.items():
-        gain[name] = values.mean()
-        gain[f"{name}_error"] = standard_error(values, every_prompt)
-    return gain
+    return gain | gain_shares(start, reached, config.beta, every_prompt)
 
 
 # ---------------------------------------------------------------- 8. the presentation
