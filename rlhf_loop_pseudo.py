@@ -1181,7 +1181,7 @@ def best_objective(start, beta):
 def gain_shares(start, reached, beta, every_prompt):
     """J_start, J, J_star and the share of the gain, with standard errors, by name.
 
-    start, reached (prompts, responses) are score - beta * KL of both policies' responses.
+    start, reached (prompts, responses): score - beta * KL of both policies' responses.
     """
     estimates = {"J_start": start, "J": reached, "J_star": start * np.nan}
     gain = dict.fromkeys(("share", "share_error", "settled"), np.nan)

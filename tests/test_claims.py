@@ -132,7 +132,8 @@ def table(runs):
     lines = [heads, ["---"] * len(heads)]
     for name, row in runs.items():
         cells = [(np.median(values), values.min(), values.max()) for values in row.values()]
-        lines.append([str(name), *("{:.3f} [{:.3f} {:.3f}]".format(*cell) for cell in cells)])
+        label = name if isinstance(name, str) else f"beta {name:g}"
+        lines.append([label, *("{:.3f} [{:.3f} {:.3f}]".format(*cell) for cell in cells)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

@@ -334,16 +334,20 @@ def in_terminal(*arguments, answers=(), early=b""):
         start_new_session=True,
     ) as process:
         os.close(inner)
-        while True:
-            try:
-                output += os.read(outer, 65536)
-            except OSError:  # it has ended
-                break
-            if left and output.rstrip(b" ").endswith(b"[Enter]"):
-                assert not select.select([outer], [], [], 0.1)[0], "it does not wait"
-                parts.append(uncoloured(output))
-                output = b""
-                os.write(outer, left.pop(0))
+        try:
+            while select.select([outer], [], [], 60)[0]:
+                try:
+                    output += os.read(outer, 65536)
+                except OSError:  # it has ended
+                    break
+                if left and output.rstrip(b" ").endswith(b"[Enter]"):
+                    assert not select.select([outer], [], [], 0.1)[0], "it does not wait"
+                    parts.append(uncoloured(output))
+                    output = b""
+                    os.write(outer, left.pop(0))
+            process.wait(9)
+        finally:
+            process.kill()
     os.close(outer)
     return process.returncode, [*parts, uncoloured(output)]
 
