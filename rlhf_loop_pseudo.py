@@ -1181,7 +1181,7 @@ def best_objective(start, beta):
 def gain_shares(start, reached, beta, every_prompt):
     """J_start, J, J_star and the share of the gain, with standard errors, by name.
 
-    start, reached (prompts, responses): score - beta * KL of both policies' responses.
+    start, reached (prompts, responses): score - beta * KL, of both policies' own.
     """
     estimates = {"J_start": start, "J": reached, "J_star": start * np.nan}
     gain = dict.fromkeys(("share", "share_error", "settled"), np.nan)
@@ -1497,7 +1497,7 @@ def update_page(data, config, why):
     answer = f"""{"".join(last)}    {why} At first the
     weights are those that generated; the loss is minus the mean of A, about 0,
     but its gradient is not. Clipped are tokens above {high} where A > 0, below
-    {low} where A < 0: they gain no more, so one batch moves no token far.
+    {low} where A < 0: they gain no more, so the update does not chase them.
 
   Update complete!
 """
@@ -1653,7 +1653,7 @@ def outcome_page(runs):
     heads = {"": "", **{head: owner for *_, head, owner in shown}}
     heads |= dict.fromkeys(LIMITS if theory else (), "")
     human = starred([run["outcome"].get("human", 0) for run in runs])
-    rows, text = [], "What came of it" + ", on fresh prompts" * theory
+    rows, text = [], "What came of it"
     if readable:
         text += f"\n  {'reference':12}  {runs[0]['start']}"
     for number, run in enumerate(runs):
@@ -1668,6 +1668,10 @@ def outcome_page(runs):
             rows[-1] += [in_units(outcome, name) for name in LIMITS.values()]
             errors = [in_units(outcome, f"{name}_error") for name in LIMITS.values()]
             rows.append([*blank, *errors])
+    text += (
+        "\n    The sentences are of training, these figures of fresh responses:"
+        * theory
+    )
     note = """    J = score - β * KL is maximised; J before: of the reference; J*: the most
     that a policy can reach; share: of the way from J before to J*, in percent,
     a dash where β is 0 or J* cannot be told from so few responses.
@@ -1678,9 +1682,12 @@ def outcome_page(runs):
 
 
 def in_units(outcome, name):
-    """A figure of theory as text: shares in percent."""
-    percent = "share" in name
-    return fixed(100 * outcome[name], 1) if percent else fixed(outcome[name], 3)
+    """A figure of theory as text: shares in percent, J* where it has settled."""
+    if "share" in name:
+        return fixed(100 * outcome[name], 1)
+    if outcome.get("settled") == 0 and name in ("J_star", "J_star_error"):
+        return "-"
+    return fixed(outcome[name], 3)
 
 
 def differences(runs):

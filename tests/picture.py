@@ -1,7 +1,7 @@
 """Draw README's picture: the data flow, and what four betas come to, in words.
 
-    python tests/picture.py            picture-dark.svg and picture-light.svg, here
-    python tests/picture.py .github    in that folder
+python tests/picture.py            picture-dark.svg and picture-light.svg, here
+python tests/picture.py .github    in that folder
 """
 
 import importlib

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import rlhf_loop_pseudo as loop
 
 import compare
+import rlhf_loop_pseudo as loop
 
 # A PPO as somebody else would write it
 THEIRS = """
@@ -548,7 +548,9 @@ def test_a_missing_module_is_said_in_one_sentence(module, code, tmp_path):
     """Training environments seldom have hypothesis: it is not needed."""
     path = tmp_path / "my_ppo.py"
     path.write_text(FUNCTIONS["whiten"])
-    hidden = f"import sys, runpy; sys.path.insert(0, {str(Path(compare.__file__).parent)!r}); sys.modules[{module!r}] = None; sys.argv = sys.argv[1:]"
+    folder = str(Path(compare.__file__).parent)
+    hidden = f"import sys, runpy; sys.path.insert(0, {folder!r})"
+    hidden += f"; sys.modules[{module!r}] = None; sys.argv = sys.argv[1:]"
     start = f"{hidden}; runpy.run_path(sys.argv[0], run_name='__main__')"
     command = [sys.executable, "-c", start, compare.__file__, path, "--cases", "20"]
     done = subprocess.run(command, capture_output=True, text=True)
