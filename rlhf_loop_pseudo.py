@@ -459,8 +459,8 @@ def whiten(x, mask):
         raise ValueError("mask: needs the shape of x, and a real token")
     real = x[mask.astype(bool)].astype(np.float64)  # (B, T) -> (N,)
     variance = real.var(ddof=min(1, len(real) - 1))
-    whitened = (x - float(real.mean())) / float(np.sqrt(variance + 1e-8))
-    return np.where(mask, whitened, 0.0)
+    whitened = (x.astype(np.float64) - real.mean()) / np.sqrt(variance + 1e-8)
+    return np.where(mask, whitened, 0.0).astype(np.result_type(x, 1.0))
     # ANCHOR_END: whiten
 
 
@@ -506,7 +506,7 @@ def value_loss(values, returns, mask):
     if not np.shape(values) == np.shape(returns) == np.shape(mask) or n == 0:
         raise ValueError("values, returns, mask: shapes differ, or no real token")
     error = np.where(mask, values, 0.0) - np.where(mask, returns, 0.0)
-    return (error**2).sum(dtype=np.float64) / n, 2 * error / n
+    return np.square(error, dtype=np.float64).sum() / n, 2 * error / n
     # ANCHOR_END: value_loss
 
 
@@ -849,8 +849,10 @@ def token_ids(model, *parts):
     if any(part.dtype.kind not in "iu" for part in parts):
         raise ValueError("prompts, responses: tokens are whole numbers")
     tokens = np.concatenate([part.astype(np.int64) for part in parts], axis=1)
-    if not parts[0].size or tokens.min() < 0 or tokens.max() >= len(model["embed"]):
-        raise ValueError("tokens: not from 0 to V - 1, or prompts are empty")
+    if not all(part.size for part in parts):
+        raise ValueError("prompts, responses: at least one token each")
+    if tokens.min() < 0 or tokens.max() >= len(model["embed"]):
+        raise ValueError("prompts, responses: tokens are from 0 to V - 1")
     return tokens
 
 
@@ -1566,12 +1568,13 @@ def what_happened(history):
     """
     human, noise = stretch_means(history["objective/human_scores"])
     words, _ = stretch_means(history["val/words"])
+    margin = max(3 * math.hypot(noise[0], noise[-1]), 0.005)
     verdict = "Moved less"
-    if human[-1] < human[0] - max(3 * math.hypot(noise[0], noise[-1]), 0.005):
+    if human[-1] < human[0] - margin:
         verdict = "Reward hacking"
     elif words[-1] < 0.7 * words[0]:
         verdict = "Words are being lost"
-    elif human[-1] >= 0.9:
+    elif human[-1] >= max(0.9, human[0] + margin):
         verdict = "Better liked, in words"
     start, best, end = map(fixed, (human[0], human.max(), human[-1]))
     words = f"words {fixed(words[0])} to {fixed(words[-1])}"
