@@ -98,8 +98,8 @@ class Config:
     seed: Annotated[int, "seed of all randomness"] = 0
 
     def __post_init__(self):
-        whole = "a whole number from 1 to 10^9", lambda x: 1 <= x <= 1e9
-        group = "a whole number from 2 to 10^9", lambda x: 2 <= x <= 1e9
+        whole = "a whole number from 1 to 10^6", lambda x: 1 <= x <= 1e6
+        group = "a whole number from 2 to 10^6", lambda x: 2 <= x <= 1e6
         price = "a finite number of at least 0", lambda x: 0 <= x < math.inf
         share = "a number from 0 to 1", lambda x: 0 <= x <= 1
         rules = {

@@ -91,8 +91,8 @@ def test_a_bad_value_is_refused_in_one_sentence_that_names_the_flag(flag, refuse
         ("--theme light", "--theme", "--export"),
         ("--preset letters --prompt-length 2", "--prompt-length", "27"),
         ("--preset letters --response-length 2", "--response-length", "word"),
-        ("--vocab-size 99999999 --width 9999999", "sizes", "memory|bytes"),
-        ("--batch-size 99999999", "sizes", "memory|bytes"),
+        ("--vocab-size 999999 --width 999999", "sizes", "memory|bytes"),
+        ("--batch-size 999999", "sizes", "memory|bytes"),
     ],
 )
 def test_a_refusal_gives_the_reason_that_holds(flags, flag, reason, refused):
