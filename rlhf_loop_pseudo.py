@@ -240,7 +240,7 @@ def generate(actor, prompts, response_length, rng, eos_token):
     logprobs in nats, 0 at padding. Raises ValueError for what is no token of the
     actor. Source: Radford et al. 2018 (GPT), equations 1 and 2.
     """
-    prompts = token_ids(actor, prompts)
+    prompts, _ = token_ids(actor, prompts), token_ids(actor, [[eos_token]])
     batch_size, prompt_length = prompts.shape
     embed = actor["embed"]
     responses = np.full((batch_size, response_length), eos_token)
@@ -635,8 +635,9 @@ def fine_tune(model, prompts, responses, mask, rng):
         rows = rng.permutation(len(prompts))[:128]
         logprobs, cache = forward_logprobs(model, prompts[rows], responses[rows])
         real = mask[rows].astype(logprobs.dtype)
-        losses.append(-(logprobs * real).sum() / real.sum())
-        gradients = backward_logprobs(model, cache, -real / real.sum())
+        n = max(real.sum(), 1)  # these rows may have no real token
+        losses.append(-(logprobs * real).sum() / n)
+        gradients = backward_logprobs(model, cache, -real / n)
         adam_step(model, gradients, state, float(learning_rate))
     return np.array(losses)
     # ANCHOR_END: fine_tune
@@ -1256,7 +1257,10 @@ PICTURE_WITHOUT_CRITIC = """
                ▲                 └─► reference ─► KL to the actor ─┴► rewards ─┐
                └─ PPO update ◄── advantages ◄── comparison in a group ◄────────┘
 """
-ASCII = str.maketrans("─►▲│└┘┐┬├┤┴◄●○△…", "->^|+++++++<ox*~")
+ASCII = str.maketrans("─►▲│└┘┐┬├┤┴◄●○△…·", "->^|+++++++<ox*~.")
+ASCII |= str.maketrans(
+    {"β": "beta", "γ": "gamma", "δ": "delta", "λ": "lambda", "±": "+-"}
+)
 MARKS = "●○△#+x%&@"
 OWNERS = ("actor", "critic", "reward", "reference", "human")
 STYLES = {  # a terminal's own theme decides on its colours; exports have theirs
@@ -1396,7 +1400,7 @@ def step_pages(data, config):
     yield f"""Step 2: Generate responses (Actor)
   Actor forward pass...
   Generated tokens: {mask.shape}\tthe first: {first}
-  Actor logits: {logits}\t{4e-6 * math.prod(logits):.1f} MB; training keeps only slices
+  Actor logits: {logits}\t{4e-6 * math.prod(logits):.1f} MB; softmax: probabilities
   Old log probs: {mask.shape}\t{preview(data, "old_logprobs")}
     [...]: the first response's first tokens and last; mean: over all tokens. In
     nats, units of the natural logarithm: {uniform} if all tokens were alike.
@@ -1526,7 +1530,7 @@ def effect_page(data, models, config):
     followed = np.mean((advantages > 0) == (after > before))
     note = f"""    mean A: of the advantage that acts, over the tokens. What was better than
     expected became more probable, what was worse less so: that is RLHF, and
-    {followed:.0%} of all responses followed; others share tokens with their opposites.
+    {followed:.0%} of the responses followed; the rest share tokens with others.
     It cost {forward} forward and {backward} backward passes. Adam's m and v, running means of
     the gradient and its square, take twice the {weights:.2f} MB of learning weights.
 """
@@ -1569,7 +1573,7 @@ def what_happened(history):
     human, noise = stretch_means(history["objective/human_scores"])
     words, _ = stretch_means(history["val/words"])
     margin = max(3 * math.hypot(noise[0], noise[-1]), 0.005)
-    verdict = "Moved less"
+    verdict = "Moved little"
     if human[-1] < human[0] - margin:
         verdict = "Reward hacking"
     elif words[-1] < 0.7 * words[0]:
@@ -1658,6 +1662,7 @@ def outcome_page(runs):
     human = starred([run["outcome"].get("human", 0) for run in runs])
     rows, text = [], "What came of it"
     if readable:
+        text += "\n    β is the price of KL, of writing unlike the reference, which wrote words:"
         text += f"\n  {'reference':12}  {runs[0]['start']}"
     for number, run in enumerate(runs):
         label, outcome = run["label"], run["outcome"]
@@ -1879,7 +1884,10 @@ def show_page(name):
 def opening_pages(title, configs, arrays):
     """The data flow, and the stages before the loop; returns what init_models takes."""
     critic, config = any(c.advantage == "gae" for c in configs), configs[0]
-    yield page(f"=== {title} ==={PICTURE if critic else PICTURE_WITHOUT_CRITIC}")
+    yield page(f"""=== {title} ==={PICTURE if critic else PICTURE_WITHOUT_CRITIC}\
+    The actor is the model that writes and learns, the reference what it was at
+    first. A forward pass computes, for each position, the next token's chances.
+""")
     if not config.readable:
         return ()
     rng = np.random.default_rng([config.seed, 1])
@@ -1935,7 +1943,9 @@ def train_and_watch(run, models):
     config, history, label = run["config"], run["history"], run["label"]
     rngs = [np.random.default_rng([config.seed, stream]) for stream in (2, 3)]
     columns = "{task.description}", MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, transient=True, disable=not sys.stdout.isatty()) as live:
+    hidden = not sys.stdout.isatty()
+    console = make_console(quiet=hidden)
+    with Progress(*columns, console=console, transient=True, disable=hidden) as live:
         task = live.add_task(label, total=config.steps)
         for metrics, data in train(models, config, rngs[0]):
             for name, value in metrics.items():
@@ -1952,7 +1962,7 @@ def train_and_watch(run, models):
         for name, model in ("start", models.reference), ("words", models.actor):
             rng = np.random.default_rng([config.seed, 4])
             responses, *_ = generate(model, prompts, length, rng, 26)
-            run[name] = " ".join(texts_of(prompts, responses, config, 9))
+            run[name] = " ".join(texts_of(prompts, responses, config, 8))
 
 
 def saved(configs, arrays, runs):
