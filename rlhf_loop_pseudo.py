@@ -1257,10 +1257,7 @@ PICTURE_WITHOUT_CRITIC = """
                ▲                 └─► reference ─► KL to the actor ─┴► rewards ─┐
                └─ PPO update ◄── advantages ◄── comparison in a group ◄────────┘
 """
-ASCII = str.maketrans("─►▲│└┘┐┬├┤┴◄●○△…·", "->^|+++++++<ox*~.")
-ASCII |= str.maketrans(
-    {"β": "beta", "γ": "gamma", "δ": "delta", "λ": "lambda", "±": "+-"}
-)
+ASCII = str.maketrans("─►▲│└┘┐┬├┤┴◄●○△…·βγδλ±", "->^|+++++++<ox*..bgdl~")
 MARKS = "●○△#+x%&@"
 OWNERS = ("actor", "critic", "reward", "reference", "human")
 STYLES = {  # a terminal's own theme decides on its colours; exports have theirs
