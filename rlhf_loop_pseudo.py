@@ -240,7 +240,7 @@ def generate(actor, prompts, response_length, rng, eos_token):
     logprobs in nats, 0 at padding. Raises ValueError for what is no token of the
     actor. Source: Radford et al. 2018 (GPT), equations 1 and 2.
     """
-    prompts, _ = token_ids(actor, prompts), token_ids(actor, [[eos_token]])
+    prompts = token_ids(actor, prompts)
     batch_size, prompt_length = prompts.shape
     embed = actor["embed"]
     responses = np.full((batch_size, response_length), eos_token)
