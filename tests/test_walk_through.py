@@ -323,3 +323,8 @@ def test_the_stages_before_the_loop():
     rows = [line[1:] for line in lines if line[1:] and tuple(line[1:]) in pairs]
     assert list(map(tuple, rows)) == pairs
     assert len({line[0] for line in lines if tuple(line[1:]) in pairs[::2]}) == 1  # chosen
+
+
+def test_the_first_prompt_of_letters_is_shown_once():
+    first_page = pages_of(by_hand(LETTERS), LETTERS)[0]
+    assert any(line[-3:] == ["the", "first:", "c"] for line in first_page)
