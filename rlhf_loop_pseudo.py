@@ -1826,8 +1826,9 @@ def refuse(given, configs):
     logits = config.batch_size * config.response_length * config.vocab_size
     weights = 12 * config.width * config.vocab_size
     needed = 4 * (weights + logits * (config.steps == 1))
-    pages = getattr(os, "sysconf", {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": math.inf}.get)
-    memory = pages("SC_PAGE_SIZE") * pages("SC_PHYS_PAGES")
+    memory = math.inf
+    if hasattr(os, "sysconf"):  # not on Windows
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > memory:  # the largest array, and models with Adam's m and v
         raise ValueError(f"sizes: {needed:.1e} bytes are needed of {memory:.1e}")
 
