@@ -47,23 +47,23 @@ if __name__ == "__main__":  # before numpy: at these sizes more threads gain not
 import argparse
 import codecs
 import difflib
-import dis
 import inspect
 import io
+import itertools
 import json
 import math
+import re
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
 try:
     import numpy as np
-    from rich import terminal_theme
     from rich.console import Console, Group
     from rich.highlighter import RegexHighlighter
-    from rich.padding import Padding
     from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
     from rich.table import Table
+    from rich.terminal_theme import DEFAULT_TERMINAL_THEME, MONOKAI
     from rich.text import Text
     from rich.theme import Theme
 except ModuleNotFoundError as missing:
@@ -669,6 +669,14 @@ def human_scores(prompts, responses, mask, vocab_size):
     # ANCHOR_END: human_scores
 
 
+def completes_word(prompts, responses, mask, config):
+    """Whether prompt and response are a demonstrated word and its end token. (B,)."""
+    shown = np.concatenate(demonstrations(WORDS, config)[:2], axis=1)  # (N, 1 + T)
+    responses = np.where(mask, responses, config.vocab_size - 1)
+    written = np.concatenate([prompts, responses], axis=1)  # (B, 1 + T)
+    return (written[:, None] == shown).all(axis=2).any(axis=1)
+
+
 # ANCHOR: collect_preferences
 def collect_preferences(reference, config, rng):
     """Let the human choose between two responses to each prompt.
@@ -916,6 +924,20 @@ def log_softmax(logits):
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
 
+def exact_kl(logits, reference, prompts, responses):
+    """KL(actor || reference), at each position Σ over v of p(v) log(p(v) / q(v)).
+
+    logits (B, T, V) are the actor's. Returns (B, T) in nats; padding is not masked.
+    """
+    states, _ = predicting_states(reference, prompts, responses)  # (B, T, D)
+    kl = np.empty(responses.shape, dtype=logits.dtype)
+    for t in range(responses.shape[1]):  # a position at a time, to save memory
+        log_p = log_softmax(logits[:, t])  # (B, V)
+        log_q = log_softmax(states[:, t] @ reference["head"])  # (B, V)
+        kl[:, t] = (np.exp(log_p) * (log_p - log_q)).sum(axis=1)
+    return kl
+
+
 def sample_tokens(logits, rng):
     """Draw a token for each row of logits (B, V): the first whose running sum of
     probability reaches a random share of the total. (tokens, logprobs), (B,) both."""
@@ -996,7 +1018,7 @@ np.empty(32_000_000, dtype=np.uint8)
 
 
 def real_mean(x, mask):
-    """Mean over the real tokens of what is 0 at padding, (..., B, T) -> (...)."""
+    """Mean over the real tokens of x (..., B, T), which is 0 at padding. (...)."""
     return x.sum(axis=(-2, -1)) / np.count_nonzero(mask)
 
 
@@ -1005,45 +1027,18 @@ def is_clipped(ratio, advantages, clip):
     return ratio * advantages > np.clip(ratio, 1 - clip, 1 + clip) * advantages
 
 
-def exact_kl(logits, reference, prompts, responses):
-    """KL(actor || reference), at each position Σ over v of p(v) log(p(v) / q(v)).
-
-    logits (B, T, V) are the actor's. Returns (B, T) in nats; padding is not masked.
-    """
-    states, _ = predicting_states(reference, prompts, responses)  # (B, T, D)
-    if logits.shape != (*responses.shape, reference["head"].shape[1]):
-        raise ValueError("logits: shape is not (B, T, V)")
-    kl = np.empty(responses.shape, dtype=logits.dtype)
-    for t in range(responses.shape[1]):  # a position at a time, to save memory
-        log_p = log_softmax(logits[:, t])  # (B, V)
-        log_q = log_softmax(states[:, t] @ reference["head"])  # (B, V)
-        kl[:, t] = (np.exp(log_p) * (log_p - log_q)).sum(axis=1)
-    return kl
-
-
-def completes_word(prompts, responses, mask, config):
-    """Whether prompt and response are a demonstrated word and its end token. (B,)."""
-    shown = np.concatenate(demonstrations(WORDS, config)[:2], axis=1)  # (N, 1 + T)
-    responses = np.where(mask, responses, config.vocab_size - 1)
-    written = np.concatenate([prompts, responses], axis=1)  # (B, 1 + T)
-    return (written[:, None] == shown).all(axis=2).any(axis=1)
-
-
-def best_loss(prompts, responses, mask):
-    """The least cross-entropy that is possible, in nats a token, if all responses
-    differ: each is one in as many as share its prompt."""
-    alike = (prompts[:, None] == prompts).all(axis=2).sum(axis=1)  # (N,)
-    return np.log(alike).sum() / np.count_nonzero(mask)
-
-
 def judge_stages(untrained, reference, reward_model, config, rng):
     """What both stages before the loop reached, on fresh responses: arrays by name.
 
-    accuracy is the share of fresh pairs in which the reward model agrees with the
-    choice, human_accuracy that in which the human's own opinion does.
+    best_loss, in nats a token: of k words with one first letter each has p = 1 / k.
+    accuracy: the share of pairs in which the chosen response has the higher score,
+    human_accuracy: in which the human likes it better. A tie counts half.
     """
-    fresh = replace(config, preference_pairs=2048)
-    pairs = collect_preferences(reference, fresh, rng)
+    letters, _, real = demonstrations(WORDS, config)
+    alike = (letters == letters.T).sum(axis=1)  # (N, N) -> (N,)
+    pairs = collect_preferences(
+        reference, replace(config, preference_pairs=2048), rng
+    )
     length, eos_token = config.response_length, config.vocab_size - 1
     before, *_ = generate(untrained, pairs[0][:4], length, rng, eos_token)
     seen = dict(zip(("prompts", "responses", "mask"), pairs))
@@ -1051,9 +1046,9 @@ def judge_stages(untrained, reference, reward_model, config, rng):
     seen["human"] = human_scores(*pairs, config.vocab_size)
     for name, opinion in ("accuracy", "scores"), ("human_accuracy", "human"):
         chosen, rejected = np.split(seen[opinion], 2)
-        seen[name] = np.mean(chosen > rejected) + np.mean(chosen == rejected) / 2
+        seen[name] = np.heaviside(chosen - rejected, 0.5).mean()
     return {f"preferences/{name}": array for name, array in seen.items()} | {
-        "fine_tuning/best_loss": best_loss(*demonstrations(WORDS, config)),
+        "fine_tuning/best_loss": np.log(alike).sum() / real.sum(),
         "fine_tuning/before": before,
         "fine_tuning/words": completes_word(*pairs, config).mean(),
     }
@@ -1079,9 +1074,11 @@ def walk_through(models, config, rng):
             stage["td_errors"], _ = gae(*arrays, config.gamma, 0.0)
         if "ratio" in stage:
             check_finite(models, data, 1)
-            ratio, after = data["ratio"], token_logprobs(models.actor, *texts)
-            stage["clipped"] = is_clipped(ratio, data["whitened"], config.clip)
+            after = token_logprobs(models.actor, *texts)
             stage["new_logprobs"] = after * data["mask"]
+            stage["clipped"] = is_clipped(
+                data["ratio"], data["whitened"], config.clip
+            )
         yield stage
 
 
@@ -1109,10 +1106,8 @@ def check_finite(models, data, step):
 
 
 def step_metrics(data, config, step):
-    """What a step of training is judged by, under TRL's names where it has one.
-
-    Of sums over a response the mean over the batch; of policy/, loss/ and val/ratio
-    the mean over the epochs' real tokens. data holds the step's arrays.
+    """What a step is judged by, under TRL's names where it has one: means over the
+    batch of sums over a response; of policy/, loss/, val/ratio over epochs and tokens.
     """
     texts, ratio = (data["prompts"], data["responses"], data["mask"]), data["ratio"]
     mask, ended = data["mask"], data["responses"] == config.vocab_size - 1
@@ -1143,79 +1138,55 @@ def step_metrics(data, config, step):
     return metrics
 
 
-def stretch_starts(steps):
-    """Where stretches of steps begin that double in length: 0, 1, 3, 7, ..."""
-    return 2 ** np.arange(int(steps).bit_length()) - 1
-
-
 def stretch_means(values):
-    """Means over those stretches, (steps,) -> (stretches,), and their standard
-    errors, from how much neighbouring steps differ."""
-    starts = stretch_starts(len(values))
+    """Of stretches of steps that double in length, from 0, 1, 3, 7, ... on: their
+    starts, means and standard errors, as neighbouring steps differ."""
+    starts = 2 ** np.arange(len(values).bit_length()) - 1
     lengths = np.diff([*starts, len(values)])
     deviation = np.sqrt(np.mean(np.diff(values) ** 2) / 2)  # of one step
-    return np.add.reduceat(values, starts) / lengths, deviation / np.sqrt(lengths)
-
-
-def standard_error(values, every_prompt):
-    """Of the mean of values (prompts, responses): over the prompts where these are
-    drawn, over the responses alone where every prompt there is stands among them."""
-    if every_prompt:
-        variances = values.var(axis=1, ddof=1) / values.shape[1]  # (prompts,)
-        return variances.sum() ** 0.5 / len(values)
-    return values.mean(axis=1).std(ddof=1) / len(values) ** 0.5
-
-
-def best_objective(start, beta):
-    """What the best policy reaches: β log E[exp(score / β)] for each prompt.
-
-    start (prompts, responses) are scores of the reference's responses. Returns (best,
-    bias): (prompts, responses), whose mean is the estimate and whose spread its
-    noise; and by how much the estimate is lower with half of the responses.
-    """
-    highest = start.max(axis=1, keepdims=True)  # (prompts, 1)
-    weights = np.exp((start - highest) / beta)
-    mean = weights.mean(axis=1, keepdims=True)
-    best = highest + beta * (np.log(mean) + weights / mean - 1)
-    halves = weights.reshape(len(start), 2, -1).mean(axis=2)  # (prompts, 2)
-    return best, best.mean() - (highest + beta * np.log(halves)).mean()
+    means = np.add.reduceat(values, starts) / lengths
+    return starts, means, deviation / np.sqrt(lengths)
 
 
 def gain_shares(start, reached, beta, every_prompt):
-    """J_start, J, J_star and the share of the gain, with standard errors, by name.
+    """J_start, J, J_star, (J - J_start) / (J_star - J_start), and standard errors.
 
-    start, reached (prompts, responses): score - beta * KL, of both policies' own.
+    start, reached (prompts, responses): score - β * KL of the reference's responses
+    and the actor's. J_star is NaN where half of the responses lower it by more than
+    its error, the share where J_star - J_start is less than three of its own errors.
     """
-    estimates = {"J_start": start, "J": reached, "J_star": start * np.nan}
-    gain = dict.fromkeys(("share", "share_error", "settled"), np.nan)
-    if beta:
-        best, bias = best_objective(start, beta)
-        estimates["J_star"], stake = best, best - start
+
+    def error(values):  # with every prompt there, only the responses are chance
+        if every_prompt:
+            return np.sqrt(values.var(axis=1, ddof=1).mean() / values.size)
+        return values.mean(axis=1).std(ddof=1) / len(values) ** 0.5
+
+    best = start * np.nan
+    if beta:  # log E[exp], with the noise of each response in it
+        highest = start.max(axis=1, keepdims=True)  # (prompts, 1)
+        weights = np.exp((start - highest) / beta)
+        mean = weights.mean(axis=1, keepdims=True)
+        best = highest + beta * (np.log(mean) + weights / mean - 1)
+        halves = weights.reshape(len(start), 2, -1).mean(axis=2)  # (prompts, 2)
+        if beta * np.log(mean / halves).mean() > error(best):
+            best = start * np.nan
+    gain, stake = {}, best - start
+    for name, values in ("J_start", start), ("J", reached), ("J_star", best):
+        gain |= {name: values.mean(), f"{name}_error": error(values)}
+    share = np.nan
+    if stake.mean() > max(3 * error(stake), 1e-6):
         share = (reached - start).mean() / stake.mean()
-        error = standard_error(reached - start - share * stake, every_prompt)
-        settled = bias <= standard_error(best, every_prompt)
-        clear = stake.mean() > max(3 * standard_error(stake, every_prompt), 1e-6)
-        gain["settled"] = float(settled)
-        if settled and clear:
-            gain["share"], gain["share_error"] = share, error / stake.mean()
-    for name, values in estimates.items():
-        gain[name] = values.mean()
-        gain[f"{name}_error"] = standard_error(values, every_prompt)
-    return gain
+    noise = error(reached - start - share * stake) / stake.mean()
+    return gain | {"share": share, "share_error": noise}
 
 
 def attainable_gain(models, config, rng, response_count=512):
     """How much of what is possible training has reached, in J = E[score] - β E[KL].
 
-    No policy exceeds J* = E over prompts of β log E[exp(score / β)], over the
+    No policy exceeds J_star = E over prompts of β log E[exp(score / β)], over the
     reference's responses (Korbak et al. 2022; Rafailov et al. 2023, equation 4).
-    share is (J - J_start) / (J_star - J_start), J_start the reference's. All from
-    response_count fresh responses to each prompt, to every one where prompts are
-    letters, else to 32 drawn ones. share is NaN where J_star has not settled, so that
-    half of the responses lower it by more than its standard error, or where J_star -
-    J_start is lost in its own.
-
-    Returns floats by name, J_star NaN where beta is 0; {} where it would take long.
+    From response_count fresh responses to every prompt where prompts are letters, else
+    to 32 drawn ones. Returns floats by name; {} where it would take long.
     """
     length, eos_token = config.response_length, config.vocab_size - 1
     every_prompt = config.prompt_length == 1 and config.vocab_size <= 33
@@ -1234,13 +1205,12 @@ def attainable_gain(models, config, rng, response_count=512):
         ref_logprobs = token_logprobs(models.reference, prompts, responses) * mask
         kl = kl_penalty(logprobs, ref_logprobs).sum(axis=1, dtype=np.float64)
         samples.append((scores - config.beta * kl).reshape(shape))
-    start, reached = samples  # of the reference KL is 0
-    gain = {"score": scores.mean(), "kl": kl.mean()}
+    gain = {"score": scores.mean(), "kl": kl.mean()}  # of the actor
     if config.readable:
         texts = prompts, responses, mask
         gain["human"] = human_scores(*texts, config.vocab_size).mean()
         gain["words"] = completes_word(*texts, config).mean()
-    return gain | gain_shares(start, reached, config.beta, every_prompt)
+    return gain | gain_shares(*samples, config.beta, every_prompt)
 
 
 # ---------------------------------------------------------------- 8. the presentation
@@ -1258,13 +1228,27 @@ PICTURE_WITHOUT_CRITIC = """
                └─ PPO update ◄── advantages ◄── comparison in a group ◄────────┘
 """
 ASCII = str.maketrans("─►▲│└┘┐┬├┤┴◄●○△…·βγδλ±", "->^|+++++++<ox*..bgdl~")
-MARKS = "●○△#+x%&@"
-OWNERS = ("actor", "critic", "reward", "reference", "human")
 STYLES = {  # a terminal's own theme decides on its colours; exports have theirs
     "terminal": ("dim", "cyan", "magenta", "green", "blue", "red"),
     "dark": ("#a0a0a0", "#50c8dc", "#dc8ce6", "#50d278", "#82aaff", "#ff7878"),
     "light": ("#606060", "#00687a", "#8b2a96", "#1c6b2c", "#1f4fbf", "#b3261e"),
 }
+OWNERS = ("actor", "critic", "reward", "reference", "human")
+WHY = (  # asked before each step, answered on its page
+    "Why only prompts, and no answers?",
+    'Why are log probs "old"?',
+    "Why one number for a whole response?",
+    "Why can the KL of a token be negative?",
+    "Why does the score stand on the last token?",
+    "Why advantages, and not the rewards themselves?",
+    "Why is the ratio 1 in the first epoch, and why clip it?",
+)
+LEDGER = {"actor": "old_logprobs", "ref": "ref_logprobs", "KL": "kl"}
+LEDGER |= {"reward": "rewards", "value": "values", "TD": "td_errors"}
+LEDGER |= {"adv": "advantages", "return": "returns", "A": "whitened"}
+METRICS = {"score": "objective/scores", "human": "objective/human_scores"}
+METRICS |= {"words": "val/words", "KL": "objective/kl"}
+LIMITS = {"J before": "J_start", "J": "J", "J*": "J_star", "share": "share"}
 
 
 class Styled(RegexHighlighter):
@@ -1279,31 +1263,27 @@ class Styled(RegexHighlighter):
 
 
 def make_console(styles="terminal", **options):
-    """A console of 80 columns that neither wraps nor cuts what it shows."""
+    """A console of 80 columns that styles texts, and neither wraps nor cuts them."""
     quiet, *colours = STYLES[styles]
     theme = {owner: f"not dim {colour}" for owner, colour in zip(OWNERS, colours)}
     theme |= {"title": "bold", "quiet": quiet, "figure": "bold not dim"}
     options |= {"width": 80, "tab_size": 38, "soft_wrap": True, "markup": False}
-    return Console(emoji=False, highlight=False, theme=Theme(theme), **options)
+    return Console(emoji=False, highlighter=Styled(), theme=Theme(theme), **options)
 
 
-def page(*parts):
-    """Texts, styled, and tables, one below the other."""
-    style = Styled()
-    return Group(*[style(part) if isinstance(part, str) else part for part in parts])
-
-
-def table(heads, rows, gap=2):
-    """A table of texts, numbers to the right. heads are {head: whose numbers}."""
-    grid = Table(
-        box=None, padding=(0, gap, 0, 0), pad_edge=False, header_style="quiet"
-    )
-    for (head, owner), cell in zip(heads.items(), rows[0]):
-        justify = "right" if cell[:1] in "-0123456789" else "left"
-        grid.add_column(head, style=owner, justify=justify, no_wrap=True)
-    for row in rows:
+def table(columns, gap=2, star=None):
+    """Columns, {head: numbers or texts}; in one of them the largest has a star."""
+    grid, styled, cells = Table(box=None, padding=(0, 0, 0, gap)), Styled(), []
+    for head, values in columns.items():
+        texts = [x if isinstance(x, str) else fixed(x) for x in values]
+        if head == star:
+            texts[np.argmax(values)] += "*"
+        justify = "right" if texts[0][:1] in "-0123456789" else "left"
+        grid.add_column(styled(head), justify=justify, no_wrap=True)
+        cells.append(texts)
+    for row in zip(*cells):
         grid.add_row(*row)
-    return Padding(grid, (0, 0, 0, 2), expand=False)
+    return grid
 
 
 def fixed(value, digits=2):
@@ -1312,38 +1292,21 @@ def fixed(value, digits=2):
     return "-" if np.isnan(value) else text
 
 
-def starred(values):
-    """Each as text, with a star at the largest."""
-    top = max(values)
-    return [fixed(value) + (" " if value < top else "*") for value in values]
-
-
-def listed(values, most=4, between=", ", form=fixed):
+def listed(values, most=4, form=fixed):
     """As in [0.73, 0.45, …, 0.62]."""
     texts = [form(value) for value in values]
     if len(texts) > most:
         texts[most - 1 : -1] = ["…"]
-    return f"[{between.join(texts)}]"
+    return f"[{', '.join(texts)}]"
 
 
 def texts_of(prompts, responses, config, most=17):
     """Responses as text: as words, which begin with the prompt, or by their numbers."""
     if not config.readable:
-        return [listed(row, 3, " ", str) for row in responses]
+        return [listed(row, 3, str) for row in responses]
     rows = np.concatenate([prompts, responses], axis=1)
     words = ["".join(LETTERS[token] for token in row).partition(".") for row in rows]
     return [w + dot if len(w) <= most else w[:most] + "…" for w, dot, _ in words]
-
-
-def mean_of(data, name):
-    """The mean over all real tokens."""
-    return fixed(real_mean(data[name], data["mask"]), 3)
-
-
-def preview(data, name):
-    """The first response's first values and last, and the mean over all real tokens."""
-    values = data[name][0][data["mask"][0] != 0]
-    return f"{listed(values, 3, ' ')} mean {mean_of(data, name)}"
 
 
 def stages_page(seen, config):
@@ -1356,10 +1319,9 @@ def stages_page(seen, config):
     pairs, right, best = len(words) // 2, seen["accuracy"], seen["human_accuracy"]
     noise = (right * (1 - right) / pairs) ** 0.5
     differ = [row for row in range(pairs) if words[row] != words[row + pairs]]
-    rows = []
-    for row in np.add.outer(differ[:3], [0, pairs]).ravel():
-        figures = fixed(seen["human"][row]), fixed(seen["scores"][row])
-        rows.append(["chosen" if row < pairs else "rejected", words[row], *figures])
+    rows = [row + other for row in differ[:3] for other in (0, pairs)]
+    columns = {"": ["chosen", "rejected"] * 3, "word": [words[row] for row in rows]}
+    columns |= {"human": seen["human"][rows], "score": seen["scores"][rows]}
     text = f"""Stage 1: Fine-tuning on {len(WORDS)} words that a human wrote
   Loss: {tuning[0]:.2f} -> {tuning[-20:].mean():.2f}\tnats a letter (a bit is 0.69 nats)
   Best possible: {seen["fine_tuning/best_loss"]:.2f}\tthe first letter leaves a choice
@@ -1375,190 +1337,156 @@ Stage 2: A reward model that learns from a human's choices
   Fresh pairs right: {right:.1%}\t± {noise:.1%}; by the human's opinion {best:.1%}
     The human likes vowels and consonants evenly mixed, no letter twice: from 0
     to 1. The reward model sees only which one was chosen; it is frozen now."""
-    heads = {"": "", "word": "actor", "human": "human", "score": "reward"}
-    return page(text, table(heads, rows), "")
+    return Group(text, table(columns), "")
 
 
 def step_pages(data, config):
-    """A question and its page for each of the steps, of what data holds by then."""
-    group = "    Each stands {} times: a group of responses to compare.\n"
-    group = "" if config.advantage == "gae" else group.format(config.group_size)
+    """The pages of the seven steps, each of what data holds by then."""
+
+    def mean(name):
+        return fixed(real_mean(data[name], mask), 3)
+
+    def preview(name):
+        few = listed(data[name][0][real], 3)
+        return f"{mask.shape}\t{few} mean {mean(name)}"
+
     first, *_ = texts_of(data["prompts"][:, :0], data["prompts"], config)
-    yield (why := "Why only prompts, and no answers?")
     yield f"""Step 1: Sample prompts
   Batch size: {len(data["prompts"])}
   Prompt shapes: {data["prompts"].shape} tokens\tthe first: {first}
-{group}    {why} The actor writes its own training data.
+    {WHY[0]} The actor writes its own training data.
 """
-    logits, mask = data["logits"].shape, data["mask"]
+    logits, mask, real = data["logits"].shape, data["mask"], data["mask"][0] != 0
     first, *_ = texts_of(data["prompts"], data["responses"], config)
-    uniform = fixed(-math.log(config.vocab_size))
-    yield (why := 'Why are log probs "old"?')
     yield f"""Step 2: Generate responses (Actor)
   Actor forward pass...
   Generated tokens: {mask.shape}\tthe first: {first}
   Actor logits: {logits}\t{4e-6 * math.prod(logits):.1f} MB; softmax: probabilities
-  Old log probs: {mask.shape}\t{preview(data, "old_logprobs")}
+  Old log probs: {preview("old_logprobs")}
     [...]: the first response's first tokens and last; mean: over all tokens. In
-    nats, units of the natural logarithm: {uniform} if all tokens were alike.
-    {why} They stay while step 7 changes the actor.
+    nats, units of the natural logarithm: {-math.log(logits[2]):.2f} if all tokens were alike.
+    {WHY[1]} They stay while step 7 changes the actor.
 """
     origin = "was trained above" if config.readable else "is random"
-    yield (why := "Why one number for a whole response?")
     yield f"""Step 3: Score responses (Reward Model)
   Reward model forward pass...
-  Scores: {listed(data["scores"])}
-    {why} Only what is complete can be judged.
-    This reward model {origin}.
+  Scores: {listed(data["scores"])}\tby a model that {origin}
+    {WHY[2]} Only what is complete can be judged.
 """
-    means = [mean_of(data, name) for name in ("k1", "k2", "k3")]
-    yield (why := "Why can the KL of a token be negative?")
     yield f"""Step 4: Compute KL penalty (Reference)
   Reference forward pass...
-  Reference log probs: {mask.shape}\t{preview(data, "ref_logprobs")}
-  KL divergence per token: {mask.shape}\t{listed(data["kl"][0][mask[0] != 0], 3, " ")}
-  Mean KL: {mean_of(data, "kl")}\tnats a token, by {config.kl_estimator}
-  Exact KL: {mean_of(data, "exact_kl")}\tby a sum over all {config.vocab_size} tokens
+  Reference log probs: {preview("ref_logprobs")}
+  KL divergence per token: {mask.shape}\t{listed(data["kl"][0][real], 3)}
+  Mean KL: {mean("kl")}\tnats a token, by {config.kl_estimator}
+  Exact KL: {mean("exact_kl")}\tby a sum over all {config.vocab_size} tokens: too costly in training
     KL: how far the actor is from the reference. At its start that would be 0;
-    this one was moved by --drift {config.drift:g}, as if training had begun. The sum
-    costs too much in training. Estimates from the sampled token alone:
-    k1 = log p_actor - log p_reference, k2 = k1²/2, k3 = exp(-k1) - 1 + k1, here
-    {" ".join(means)} in the mean. As a reward only k1 has KL's gradient.
-    {why} k1 is, on {real_mean(data["k1"] < 0, mask):.0%} of them:
-    those likelier under the reference. The exact KL is never below 0.
+    this one was moved by --drift {config.drift:g}, as if training had begun.
+    From the sampled token alone, in the mean {mean("k1")} {mean("k2")} {mean("k3")}:
+    k1 = log p_actor - log p_reference, k2 = k1²/2, k3 = exp(-k1) - 1 + k1.
+    {WHY[3]} k1 is, on {real_mean(data["k1"] < 0, mask):.0%} of them:
+    those likelier under the reference. As a reward only k1 has KL's gradient.
 """
     score, kl, totals = data["scores"][0], data["kl"][0].sum(), data["rewards"].sum(1)
-    by_token = listed(data["rewards"][0][mask[0] != 0])
-    yield (why := "Why does the score stand on the last token?")
     yield f"""Step 5: Compute total rewards
   reward = reward_model_score - β * KL
   Total rewards: {listed(totals)}
     The first: {score:.6g} - {config.beta:g} * {kl:.6g} = {fixed(totals[0])}, its KL summed.
-    By token: {by_token}: -β * KL each, the last + score.
-    {why} It judges what is complete.
+    By token: {listed(data["rewards"][0][real])}: -β * KL each, the last + score.
+    {WHY[4]} It judges what is complete.
 """
-    yield (why := "Why advantages, and not the rewards themselves?")
-    yield advantages_text(data, config, why)
-    yield (why := "Why is the ratio 1 in the first epoch, and why clip it?")
-    yield update_page(data, config, why)
-
-
-def advantages_text(data, config, why):
-    """The page of step 6, with a critic or without."""
-    shape = data["mask"].shape
-    whitened = f"  Whitened: {shape}\t{preview(data, 'whitened')}\n"
+    whitened = f"  Whitened: {preview('whitened')}\n"
     if config.advantage == "gae":
-        return f"""Step 6: Compute advantages (Critic + GAE)
+        yield f"""Step 6: Compute advantages (Critic + GAE)
   Critic forward pass...
-  Values: {shape}\t{preview(data, "values")}
-  GAE advantages: {shape}\t{preview(data, "advantages")}
+  Values: {preview("values")}
+  GAE advantages: {preview("advantages")}
 {whitened}    Value: the reward that the critic expects before a token is chosen. GAE,
     generalized advantage estimation: how much better it turned out.
     δ[t] = reward[t] + γ value[t+1] - value[t], and all are 0 past the end
     advantage[t] = δ[t] + γ λ advantage[t+1], γ = {config.gamma:g}, λ = {config.lam:g}
     return[t] = advantage[t] + value[t], the reward still to come
-    {why} A high reward may still be
+    {WHY[5]} A high reward may still be
     less than expected. Whitened, to mean 0 and variance 1: the update must not
     grow with the scale of the scores.
 """
-    totals = data["rewards"].sum(axis=1)[: config.group_size]
-    first, others, mean = totals[0], totals[1:].mean(), totals.mean()
-    advantages = data["advantages"][: config.group_size, 0]
-    formula = f"R - mean of the others' R = {first:.5g} - ({others:.5g})"
-    if config.advantage == "grpo":
-        deviation, whitened = totals.std(ddof=1), ""  # each group is scaled already
-        formula = f"(R - mean) / deviation = {first - mean:.5g} / {deviation:.5g}"
-    return f"""Step 6: Compute advantages ({config.advantage}, no critic)
-  Group advantages: {shape}\t{preview(data, "advantages")}
-{whitened}    Total rewards R of the first group: {listed(totals)}
-    Its advantages, one for all tokens: {listed(advantages)}
-    The first: {formula} = {fixed(advantages[0])}.
-    {why} What else was written to
+    else:
+        formula, group = "R - mean of the others' R", totals[: config.group_size]
+        if config.advantage == "grpo":
+            formula, whitened = "(R - mean) / deviation", ""  # that is scaled already
+        yield f"""Step 6: Compute advantages ({config.advantage}, no critic)
+  Group advantages: {preview("advantages")}
+{whitened}    Total rewards R of the first group, which has one prompt: {listed(group)}
+    Its advantages, one for all tokens: {listed(data["advantages"][: len(group), 0])}
+    Each is {formula} in the group.
+    {WHY[5]} What else was written to
     the prompt says what was to be expected, as a critic would.
 """
+    yield update_page(data, config)
 
 
-def update_page(data, config, why):
+def update_page(data, config):
     """The page of step 7, a row for each epoch."""
-    low, high = f"{1 - config.clip:g}", f"{1 + config.clip:g}"
-    real = data["mask"] != 0
-    losses = {owner: data[f"{owner}_loss"] for owner in ("actor", "critic")}
-    losses = {owner: values for owner, values in losses.items() if len(values)}
-    heads = {"epoch": "", "ratio": "actor", "clipped": "actor"}
-    heads, rows = heads | {f"{owner} loss": owner for owner in losses}, []
-    for epoch, (ratio, clipped) in enumerate(zip(data["ratio"], data["clipped"])):
-        ratios = f"{ratio[real].min():.3f} .. {ratio[real].max():.3f}"
-        figures = [fixed(values[epoch], 4) for values in losses.values()]
-        rows.append([str(epoch + 1), ratios, f"{clipped[real].mean():.1%}", *figures])
-    critic = "    critic loss = mean of (value - return)²" * ("critic" in losses)
-    last = [f"  {o.title()} loss: {fixed(v[-1], 3)}\n" for o, v in losses.items()]
-    formulas = f"""Step 7: PPO update
+    low, high, real = 1 - config.clip, 1 + config.clip, data["mask"] != 0
+    ratios, clipped = data["ratio"][:, real], data["clipped"][:, real]  # (epochs, N)
+    columns = {"epoch": [str(epoch + 1) for epoch in range(len(ratios))]}
+    columns["ratio"] = [f"{r.min():.3f} .. {r.max():.3f}" for r in ratios]
+    columns["clipped"] = [f"{share:.1%}" for share in clipped.mean(axis=1)]
+    actor = "mean of -min(ratio * A, clipped ratio * A)"
+    critic, answer = "mean of (value - return)²", ""
+    for owner, formula in ("actor", actor), ("critic", critic):
+        losses = data[f"{owner}_loss"]
+        if len(losses):  # the critic may be absent
+            columns[f"{owner} loss"] = [fixed(loss, 4) for loss in losses]
+            answer += f"  {owner.title()} loss: {fixed(losses[-1], 3)}\t{formula}\n"
+    text = f"""Step 7: PPO update
   Ratio = exp(new_log_prob - old_log_prob)
-  Clipped ratio: clip(ratio, {low}, {high})
-    actor loss = mean of -min(ratio * A, clipped ratio * A), A: last of step 6
-{critic}""".rstrip()
-    answer = f"""{"".join(last)}    {why} At first the
-    weights are those that generated; the loss is minus the mean of A, about 0,
-    but its gradient is not. Clipped are tokens above {high} where A > 0, below
-    {low} where A < 0: they gain no more, so the update does not chase them.
+  Clipped ratio: clip(ratio, {low:g}, {high:g})"""
+    answer += f"""    A: the last advantage of step 6. {WHY[6]}
+    At first the weights are those that generated; the loss is minus the mean of
+    A, about 0, but its gradient is not. Clipped are tokens above {high:g} where A > 0,
+    below {low:g} where A < 0: they gain no more, so the update does not chase them.
 
   Update complete!
 """
-    return page(formulas, table(heads, rows), answer)
+    return Group(text, table(columns), answer)
 
 
-def effect_page(data, models, config):
-    """What the update did to the first four responses, and what it cost."""
+def effect_page(data, config):
+    """What the update did to the first four responses."""
     before, after = data["old_logprobs"].sum(axis=1), data["new_logprobs"].sum(axis=1)
     advantages = data["whitened"].sum(axis=1) / np.count_nonzero(data["mask"], axis=1)
-    rows, texts = [], texts_of(data["prompts"], data["responses"], config, 10)
-    for row, (old, new) in enumerate(zip(before[:4], after[:4])):
-        figures = data["rewards"][row].sum(), advantages[row], old, new, new - old
-        rows.append([str(row), *map(fixed, figures)])
-        if config.readable:
-            rows[-1][0] = texts[row]
-            rows[-1].append(f"{math.exp(old):.2%} -> {math.exp(new):.2%}")
-    heads = {"response": "actor", "total reward": "reward", "mean A": "critic"}
-    heads |= dict.fromkeys(("log prob", "after", "change", "probability"), "actor")
-    learning = [model for model in models[:2] if model]
-    weights = sum(w.nbytes for model in learning for w in model.values()) / 1e6
-    backward = len(learning) * config.ppo_epochs
-    forward = backward + len(learning) + 2
     followed = np.mean((advantages > 0) == (after > before))
+    columns = {"response": texts_of(data["prompts"], data["responses"], config, 10)}
+    columns |= {"total reward": data["rewards"].sum(axis=1), "mean A": advantages}
+    columns |= {"log prob": before, "after": after, "change": after - before}
+    if config.readable:
+        chances = zip(np.exp(before), np.exp(after))
+        columns["chance"] = [f"{old:.2%} -> {new:.2%}" for old, new in chances]
+    columns = {head: cells[:4] for head, cells in columns.items()}
     note = f"""    mean A: of the advantage that acts, over the tokens. What was better than
     expected became more probable, what was worse less so: that is RLHF, and
     {followed:.0%} of the responses followed; the rest share tokens with others.
-    It cost {forward} forward and {backward} backward passes. Adam's m and v, running means of
-    the gradient and its square, take twice the {weights:.2f} MB of learning weights.
 """
-    return page("What the update did", table(heads, rows), note)
+    return Group("What the update did", table(columns), note)
 
 
 def response_page(data, config, row):
     """One response token by token, so that every formula can be checked by hand."""
-    ledger = [
-        "old_logprobs ref_logprobs kl rewards values td_errors advantages returns whitened",
-        "actor        ref          KL reward  value  TD        adv        return  A",
-        "actor       reference reference reward critic critic reward     critic  reward",
-    ]
-    ledger = [column for column in zip(*map(str.split, ledger)) if column[0] in data]
-    rows = []
-    for t in np.flatnonzero(data["mask"][row]):
-        token = data["responses"][row, t]
-        token = LETTERS[token] if config.readable else str(token)
-        figures = [fixed(data[name][row, t]) for name, _, _ in ledger]
-        ratio = fixed(data["ratio"][-1, row, t])
-        ratio += "*" if data["clipped"][-1, row, t] else ""
-        rows.append([str(t), token, *figures, ratio])
-    heads = {"t": "", "tok": "actor"} | {head: owner for _, head, owner in ledger}
+    real = data["mask"][row] != 0
+    columns = {"t": [str(t) for t in np.flatnonzero(real)]}
+    tokens = data["responses"][row, real]
+    columns["token"] = [LETTERS[t] if config.readable else str(t) for t in tokens]
+    columns |= {h: data[n][row, real] for h, n in LEDGER.items() if n in data}
+    ratios = zip(data["ratio"][-1, row, real], data["clipped"][-1, row, real])
+    columns["ratio"] = [fixed(r) + ("*" if stopped else "") for r, stopped in ratios]
     text = texts_of(data["prompts"], data["responses"], config)[row]
     score = fixed(data["scores"][row])
+    title = f"Response {row} in all steps: {text} with score {score}"
     note = """    actor, ref: log probabilities; adv: advantage, and A as it acts; ratio: in
     the last epoch, * if clipped. With a critic, and 0 past the end: TD = reward
     + γ value[t+1] - value, adv = TD + γ λ adv[t+1], return = adv + value.
 """
-    title = f"Response {row} in all steps: {text} with score {score}"
-    return page(title, table(heads | {"ratio": "actor"}, rows, gap=1), note)
+    return Group(title, table(columns, gap=1), note)
 
 
 def what_happened(history):
@@ -1567,8 +1495,8 @@ def what_happened(history):
     Hacked: the end lies below the start, by three standard errors. Losing words: less
     than 0.7 of them are left. Liked better: the human's opinion ends at 0.9 or more.
     """
-    human, noise = stretch_means(history["objective/human_scores"])
-    words, _ = stretch_means(history["val/words"])
+    _, human, noise = stretch_means(history["objective/human_scores"])
+    _, words, _ = stretch_means(history["val/words"])
     margin = max(3 * math.hypot(noise[0], noise[-1]), 0.005)
     verdict = "Moved little"
     if human[-1] < human[0] - margin:
@@ -1582,132 +1510,83 @@ def what_happened(history):
     return f"{verdict}: human {start}, best {best}, end {end}; {words}"
 
 
-def figures_in(metrics):
-    """What is shown of a training: (metric, theory's name for it, head, owner) each."""
-    figures = (
-        ("objective/scores", "score", "score", "reward"),
-        ("objective/human_scores", "human", "human", "human"),
-        ("val/words", "words", "words", "human"),
-        ("objective/kl", "kl", "KL", "reference"),
-    )
-    return [figure for figure in figures if figure[0] in metrics]
-
-
 def training_page(run):
-    """A training, a row for each stretch of steps, and what happened."""
+    """A training, a row for each stretch of steps."""
     config, history = run["config"], run["history"]
-    starts = stretch_starts(config.steps)
+    starts, clipped, _ = stretch_means(history["policy/clipfrac_avg"])
     ends = [*starts[1:], config.steps]
-    heads = {"step": ""}
-    cells = [[f"{a + 1}-{b}" if b > a + 1 else str(b) for a, b in zip(starts, ends)]]
-    for metric, _, head, owner in figures_in(history):
-        means, _ = stretch_means(history[metric])
-        cells.append(starred(means) if head == "human" else list(map(fixed, means)))
-        heads[head] = owner
-    clipped, _ = stretch_means(history["policy/clipfrac_avg"])
-    cells += [[f"{c:.1%}" for c in clipped], [run["texts"][end - 1] for end in ends]]
-    heads |= {"clipped": "actor", "two responses": "actor"}
+    spans = zip(starts + 1, ends)
+    columns = {"step": [f"{a}-{b}" if a < b else str(b) for a, b in spans]}
+    shown = [head for head, metric in METRICS.items() if metric in history]
+    columns |= {head: stretch_means(history[METRICS[head]])[1] for head in shown}
+    columns["clipped"] = [f"{share:.1%}" for share in clipped]
+    columns["two responses"] = [run["texts"][end - 1] for end in ends]
     text = f"""=== RLHF Training, {run["label"]} ===
     {config.steps} steps of {config.batch_size} responses; rows are means over stretches of steps.
     score: of the reward model; KL: nats a response; clipped: tokens that PPO's
     clip stopped; two responses: of the stretch's last step."""
-    note = "\n" * (not config.readable)
     if config.readable:
         text += "\n    human: its opinion, 0 to 1, * best; words: share of real ones."
-        note = f"  {what_happened(history)}\n"
-    if config.kl_estimator != "k1" and config.beta:
-        note += f"    As a reward {config.kl_estimator} does not have the gradient of the KL.\n"
-    return page(text, table(heads, list(zip(*cells))), note)
+    return Group(text, table(columns, star="human"), "")
 
 
 def chart_page(runs, width=60, height=9):
-    """The human's opinion over KL; the score's course, where nobody can read."""
-    readable, shares = runs[0]["config"].readable, min(60, runs[0]["config"].steps)
-    metric = "objective/human_scores" if readable else "objective/scores"
+    """The human's opinion over KL, a mark for each run."""
     points, legend = [], ""
-    for run, mark in zip(runs, MARKS * len(runs)):
+    for run, mark in zip(runs, "●○△#+x%&@" * len(runs)):
         legend += f"          {mark} {run['label']}\n"
-        kl = np.array_split(run["history"]["objective/kl"], shares)
-        opinion = np.array_split(run["history"][metric], shares)
-        for x, y in zip(kl, opinion):  # means over shares of the run, against noise
-            points.append((mark, max(x.mean(), 0) ** 0.5, y.mean()))
-    _, x, y = zip(*points)
-    low, high, right = min(y), max(y), max(x) or 1
-    grid = [[" "] * width for _ in range(height)]
-    for mark, x, y in points:
-        row = round((high - y) / (high - low or 1) * (height - 1))
-        grid[row][round(x / right * (width - 1))] = mark
+        parts = min(60, run["config"].steps)  # means over these, against noise
+        kl = np.array_split(run["history"]["objective/kl"], parts)
+        opinion = np.array_split(run["history"]["objective/human_scores"], parts)
+        points += [(mark, x.mean(), y.mean()) for x, y in zip(kl, opinion)]
+    marks, kl, y = map(np.array, zip(*points))
+    x, low, high = np.sqrt(np.maximum(kl, 0)), y.min(), y.max()
+    columns = np.rint(x / (x.max() or 1) * (width - 1)).astype(int)
+    rows = np.rint((high - y) / (high - low or 1) * (height - 1)).astype(int)
+    grid = np.full((height, width), " ")
+    grid[rows, columns] = marks
     labels = [fixed(high), *[""] * (height - 2), fixed(low)]
-    rows = [f"  {label:>6} │{''.join(row)}\n" for label, row in zip(labels, grid)]
-    end = f"KL in nats, on a scale of square roots: to {right**2:.1f}"
-    text = f"""{"".join(rows)}         └{"─" * width}
-          {end:>{width}}
-{legend}"""
-    title = "The human's opinion over KL" if readable else "The score over KL"
-    return page(f"{title}, from the start at the left", Text(text))
-
-
-LIMITS = {"J before": "J_start", "J": "J", "J*": "J_star", "share": "share"}
+    lines = [f"  {label:>6} │{''.join(row)}" for label, row in zip(labels, grid)]
+    end = f"KL in nats, on a scale of square roots: to {x.max() ** 2:.1f}"
+    lines += [f"         └{'─' * width}", f"          {end:>{width}}", legend]
+    title = "The human's opinion over KL, from the start at the left"
+    return Group(title, Text("\n".join(lines)))
 
 
 def outcome_page(runs):
     """What the trainings came to, words of each, and how near to the best possible."""
-    readable, theory = runs[0]["config"].readable, "J" in runs[0]["outcome"]
-    shown = figures_in(runs[0]["history"])
-    heads = {"": "", **{head: owner for *_, head, owner in shown}}
-    heads |= dict.fromkeys(LIMITS if theory else (), "")
-    human = starred([run["outcome"].get("human", 0) for run in runs])
-    rows, text = [], "What came of it"
-    if readable:
-        text += "\n    β is the price of KL, of writing unlike the reference, which wrote words:"
-        text += f"\n  {'reference':12}  {runs[0]['start']}"
-    for number, run in enumerate(runs):
-        label, outcome = run["label"], run["outcome"]
-        rows.append([label, *[fixed(outcome[name]) for _, name, *_ in shown]])
-        if readable:
-            rows[-1][2] = human[number]
-            text += f"\n  {label:12}  {run['words']}"
+    text, labels = "What came of it", [run["label"] for run in runs]
+    if runs[0]["config"].readable:
+        text += f"""
+    β is the price of KL, of writing unlike the reference, which wrote words:
+  reference     {runs[0]["start"]}"""
+        for run in runs:
+            text += f"\n  {run['label']:12}  {run['words']}"
             text += f"\n    {what_happened(run['history'])}"
-        if theory:
-            blank = [" ± std. error", *[""] * len(shown)]
-            rows[-1] += [in_units(outcome, name) for name in LIMITS.values()]
-            errors = [in_units(outcome, f"{name}_error") for name in LIMITS.values()]
-            rows.append([*blank, *errors])
-    text += (
-        "\n    The sentences are of training, these figures of fresh responses:"
-        * theory
-    )
+        text += "\n    That was training; what follows is of fresh responses:"
+    outcomes = [run["outcome"] for run in runs]
+    seen = {n: [outcome[n] for outcome in outcomes] for n in outcomes[0]}
+    known = [head for head in METRICS if head.lower() in seen]
+    means = {"": labels} | {head: seen[head.lower()] for head in known}
+    theory = {"": labels}
+    for head, name in LIMITS.items():
+        pairs = zip(seen[name], seen[f"{name}_error"])
+        texts = [f"{fixed(mean, 3)} ± {fixed(error, 3)}" for mean, error in pairs]
+        theory[head] = ["-" if np.isnan(x) else t for x, t in zip(seen[name], texts)]
     note = """    J = score - β * KL is maximised; J before: of the reference; J*: the most
-    that a policy can reach; share: of the way from J before to J*, in percent,
-    a dash where β is 0 or J* cannot be told from so few responses.
+    that a policy can reach; share: of the way from J before to J*. A dash stands
+    where β is 0, or J* cannot be told from so few responses.
 """
-    if not theory:
-        note = "    At these sizes a comparison with theory would take long.\n"
-    return page(text, table(heads, rows), note + differences(runs))
-
-
-def in_units(outcome, name):
-    """A figure of theory as text: shares in percent, J* where it has settled."""
-    if "share" in name:
-        return fixed(100 * outcome[name], 1)
-    if outcome.get("settled") == 0 and name in ("J_star", "J_star_error"):
-        return "-"
-    return fixed(outcome[name], 3)
-
-
-def differences(runs):
-    """For each beta a sentence: do advantages differ in J by more than noise?"""
-    text = ""
     for beta in dict.fromkeys(run["config"].beta for run in runs):
         same = [run["outcome"] for run in runs if run["config"].beta == beta]
-        if len(same) > 1 and "J" in same[0]:
-            low, *_, high = sorted(same, key=lambda outcome: outcome["J"])
-            noise = math.hypot(low["J_error"], high["J_error"])
-            gap = high["J"] - low["J"]
-            than = "more" if gap > 2 * noise else "not more"
-            text += f"    At β {beta:g} advantages differ in J by {gap:.3f} ± {noise:.3f}, {than}\n"
-            text += "    than by chance in these responses; another seed would move both.\n"
-    return text
+        low, *_, high = sorted(same * 2, key=lambda outcome: outcome["J"])
+        gap, noise = high["J"] - low["J"], math.hypot(low["J_error"], high["J_error"])
+        than = "more" if gap > 2 * noise else "not more"
+        if len(same) > 1:
+            note += f"""    At β {beta:g} advantages differ in J by {gap:.3f} ± {noise:.3f}, {than}
+    than by chance in these responses; another seed would move both.
+"""
+    return Group(text, table(means, star="human"), table(theory), note)
 
 
 # ---------------------------------------------------------------- 9. the command line
@@ -1716,15 +1595,11 @@ LETTERS_PRESET = {"vocab_size": 27, "batch_size": 64, "prompt_length": 1, "beta"
 LETTERS_PRESET |= {"response_length": 16, "learning_rate": 4e-3, "drift": 0.1}
 PRESETS = {"gpt2": {}, "letters": LETTERS_PRESET}
 SIZES = "batch_size prompt_length response_length vocab_size width".split()
+FILES = {"save": [".npz"], "export": [".svg", ".html", ".txt"]}
 ABOUT = "RLHF with PPO, in real numbers. Without flags: one step of it, shown."
 EXAMPLES = """examples:
   python rlhf_loop_pseudo.py --preset letters --inspect 3
   python rlhf_loop_pseudo.py --preset letters --steps 200 --beta 0 0.05 0.2 1"""
-
-
-def flag(name):
-    """A name as the command line has it."""
-    return f"--{name.replace('_', '-')}"
 
 
 def make_parser():
@@ -1741,25 +1616,15 @@ def make_parser():
         options["metavar"] = {int: "N", float: "X", str: "NAME"}[kind]
         options["nargs"] = "+" if setting.name in ("beta", "advantage") else None
         group = sizes if setting.name in SIZES else algorithm
-        group.add_argument(flag(setting.name), **options)
+        group.add_argument(f"--{setting.name.replace('_', '-')}", **options)
     add = output.add_argument
     add("--inspect", type=int, metavar="ROW", help="show a response token by token")
     add("--pause", action="store_const", const=True, help="ask before every step")
-    add("--show", nargs="?", const="", metavar="NAME", help="print a function")
+    add("--show", type=source_of, metavar="NAME", help="print a function to paste")
     add("--save", type=Path, metavar="FILE.npz", help="save arrays or metrics")
     add("--export", type=Path, metavar="FILE", help="save it as: .svg .html .txt")
     add("--theme", choices=("dark", "light"), help="colours of the export (dark)")
     return parser
-
-
-def meant(name, names):
-    """A question for a name that is not known: which begins so, by initials, or alike."""
-    plain = {known.strip("-").replace("_", "-"): known for known in names}
-    wanted = name.strip("-").replace("_", "-").lower()
-    near = [known for known in plain if known.startswith(wanted)]
-    near += [k for k in plain if "".join(word[:1] for word in k.split("-")) == wanted]
-    near += difflib.get_close_matches(wanted, plain)
-    return f"; did you mean {plain[near[0]]}?" if near else ""
 
 
 def read_command_line(argv):
@@ -1771,121 +1636,102 @@ def read_command_line(argv):
     settings = PRESETS[given.get("preset", preset)].copy()
     if given.get("steps", 1) > 1:
         settings["drift"] = 0.0  # training starts at the reference
-    betas = given.get("beta", [settings.get("beta", Config.beta)])
-    advantages = given.get("advantage", [Config.advantage])
     settings |= {name: x for name, x in given.items() if hasattr(Config, name)}
-    configs = []
+    betas = given.get("beta", [settings.get("beta", Config.beta)])
+    advantages, configs = given.get("advantage", [Config.advantage]), []
     try:
         for name in unknown:
-            flags = map(flag, vars(options))
+            flags = [f"--{known.replace('_', '-')}" for known in vars(options)]
             raise ValueError(f"{name} is no flag{meant(name, flags)}")
-        for settings["beta"] in betas:
-            for settings["advantage"] in advantages:
-                configs.append(Config(**settings))
+        for beta, advantage in itertools.product(betas, advantages):
+            configs.append(
+                Config(**settings | {"beta": beta, "advantage": advantage})
+            )
         refuse(given, configs)
     except ValueError as problem:
         parser.error(str(problem))
     return given, configs
 
 
+def meant(name, names):
+    """A question for a name that is not known: by its initials, or alike."""
+    name = name.lower()
+    near = [known for known in names if re.sub(r"\B\w|\b-", "", known) == name]
+    near += difflib.get_close_matches(name, names, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
 def refuse(given, configs):
     """Raises ValueError where something cannot be, or would have no effect."""
-    config, rows = configs[0], range(configs[0].batch_size)
-    gae = [config.advantage == "gae" for config in configs]
-    kinds = {"save": [".npz"], "export": [".svg", ".html", ".txt"]}
-    fits = {n: given.get(n, Path()).suffix in kinds[n] for n in kinds}
-    here = {n: os.access(given.get(n, Path()).parent, os.W_OK) for n in kinds}
-    single, different = len(configs) == 1, len(set(configs)) == len(configs)
+    config, gae = configs[0], [config.advantage == "gae" for config in configs]
+    row, rows = given.get("inspect", 0), range(config.batch_size)
+    several = len(configs) > 1
     rules = [  # flags, whether they work here, and how they would
         ("gamma lam", any(gae), "with --advantage gae"),
         ("group_size", not all(gae), "with --advantage rloo or grpo"),
         ("preference_pairs", config.readable, "with --preset letters"),
         ("inspect pause", config.steps == 1, "in a walk-through, without --steps"),
-        (
-            "inspect",
-            given.get("inspect", -1) in rows,
-            f"with a row from 0 to {rows[-1]}",
-        ),
+        ("inspect", row in rows, f"with a row from 0 to {rows[-1]}"),
         ("pause", sys.stdin and sys.stdin.isatty(), "in a terminal"),
-        ("beta advantage", single or config.steps > 1, "with one value, or --steps"),
-        ("beta advantage", different, "with each value once"),
+        ("beta advantage", config.steps > several, "with one value, or --steps"),
+        ("beta advantage", len(set(configs)) == len(configs), "with each value once"),
         ("show", len(given) == 1, "alone"),
         ("theme", "export" in given, "with --export"),
-        ("save", fits["save"], "with a file that ends in .npz"),
-        ("export", fits["export"], "with a file that ends in .svg, .html or .txt"),
-        ("save", here["save"], "in a folder that can be written to"),
-        ("export", here["export"], "in a folder that can be written to"),
     ]
+    for name, endings in FILES.items():
+        path = given.get(name, Path(f"x{endings[0]}"))
+        rules += [
+            (name, path.suffix in endings, f"with {' or '.join(endings)} files")
+        ]
+        rules += [(name, os.access(path.parent, os.W_OK), "in a folder to write to")]
     for flags, works, how in rules:
         for name in given.keys() & set(flags.split()):
             if not works:
-                raise ValueError(f"{flag(name)}: works only {how}")
-    functions_named(given.get("show", ""))
+                raise ValueError(f"--{name.replace('_', '-')}: works only {how}")
     if config.readable:
         demonstrations(WORDS, config)
-    logits = config.batch_size * config.response_length * config.vocab_size
-    weights = 12 * config.width * config.vocab_size
-    needed = 4 * (weights + logits * (config.steps == 1))
-    memory = math.inf
+    logits = config.batch_size * config.response_length * (config.steps == 1)
+    needed = 4 * config.vocab_size * (12 * config.width + logits)  # Adam's are in it
     if hasattr(os, "sysconf"):  # not on Windows
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > memory:  # the largest array, and models with Adam's m and v
-        raise ValueError(f"sizes: {needed:.1e} bytes are needed of {memory:.1e}")
+        if needed > memory:
+            raise ValueError(f"sizes: {needed:.1e} bytes are needed of {memory:.1e}")
 
 
-def functions_named(name):
-    """Functions of this file by name, in any case, or by their step; none for ""."""
+def source_of(name):
+    """A function, in any case, or those of a step, with all that they need to run."""
     docs = {n: str(x.__doc__) for n, x in globals().items() if inspect.isfunction(x)}
-    names = [known for known in docs if known.lower() == name.lower()]
-    names = names or [n for n, doc in docs.items() if doc.startswith(f"Step {name}")]
-    if name and not names:
-        raise ValueError(f"--show: {name} is no function here{meant(name, docs)}")
-    return names
-
-
-def global_names(code):
-    """Names that a code object, and those inside it, look up in their module."""
-    looks = ("LOAD_GLOBAL", "LOAD_NAME")
-    names = {i.argval for i in dis.get_instructions(code) if i.opname in looks}
-    inner = [global_names(part) for part in code.co_consts if inspect.iscode(part)]
-    return names.union(*inner)
-
-
-def source_of(names):
-    """Functions and all in this file that they need, in its order, ready to paste."""
-    found, wanted = {}, list(names)
-    for name in wanted:  # which grows
-        value = globals()[name]
+    wanted = [known for known in docs if known.lower() == name.lower()]
+    step = f"Step {name}."
+    wanted = wanted or [known for known in docs if docs[known].startswith(step)]
+    if not wanted:
+        reason = f"{name} is no function here{meant(name, docs)}"
+        raise argparse.ArgumentTypeError(reason)
+    found = {}
+    for known in wanted:  # which grows
+        value = globals()[known]
         home = getattr(value, "__module__", None)
-        found[name] = f"from {home} import {name}\n"
+        found[known] = f"from {home} import {known}\n"
         if inspect.ismodule(value):
-            found[name] = f"import {value.__name__} as {name}\n"
+            found[known] = f"import {value.__name__} as {known}\n"
         elif home is None:
-            found[name] = f"{name} = {value!r}\n"
+            found[known] = f"{known} = {value!r}\n"
         elif home == __name__:
-            found[name] = inspect.getsource(value)
-        needed = global_names(compile(found[name], name, "exec")) & globals().keys()
-        wanted += [n for n in needed if n not in wanted and n[0] != "_"]
-    return "\n\n".join(found[name] for name in globals() if name in found)
-
-
-def show_page(name):
-    """The source of a function, or a list of the public ones."""
-    if name:
-        return Text(source_of(functions_named(name)))
-    functions = [x for x in globals().values() if inspect.isfunction(x)]
-    public = [f for f in functions if "Source:" in str(f.__doc__)]
-    lines = [f"  {f.__name__:20} {f.__doc__.splitlines()[0]}" for f in public]
-    return Text("\n".join(lines))
+            found[known] = inspect.getsource(value)
+        codes = [compile(found[known], known, "exec")]
+        for code in codes:  # which grows by the code objects inside
+            codes += [part for part in code.co_consts if inspect.iscode(part)]
+            wanted += sorted({*code.co_names} & {*globals()} - {*wanted, "__name__"})
+    return "\n\n".join(found[known] for known in globals() if known in found)
 
 
 def opening_pages(title, configs, arrays):
     """The data flow, and the stages before the loop; returns what init_models takes."""
     critic, config = any(c.advantage == "gae" for c in configs), configs[0]
-    yield page(f"""=== {title} ==={PICTURE if critic else PICTURE_WITHOUT_CRITIC}\
+    yield f"""=== {title} ==={PICTURE if critic else PICTURE_WITHOUT_CRITIC}\
     The actor is the model that writes and learns, the reference what it was at
     first. A forward pass computes, for each position, the next token's chances.
-""")
+"""
     if not config.readable:
         return ()
     rng = np.random.default_rng([config.seed, 1])
@@ -1901,26 +1747,20 @@ def one_step_pages(given, config, arrays):
     rng = np.random.default_rng(config.seed)
     models = init_models(config, rng, *before)
     pages = step_pages(arrays, config)
-    for stage in walk_through(models, config, rng):
+    for question, stage in zip(WHY, walk_through(models, config, rng)):
         arrays |= stage
-        question = next(pages)
         if "pause" in given:
-            yield page(f"  {question}")
-            wait_for_enter()
-        yield page(next(pages))
+            yield f"  {question}"
+            if sys.platform != "win32":  # forget what was pressed before
+                import termios
+
+                termios.tcflush(sys.stdin, termios.TCIFLUSH)
+            input("  [Enter] ")
+        yield next(pages)
         arrays.pop("logits", None)  # only shown, and the largest of all
     if config.readable or "inspect" in given:
         yield response_page(arrays, config, given.get("inspect", 0))
-    yield effect_page(arrays, models, config)
-
-
-def wait_for_enter():
-    """Wait for Enter, but for none that was pressed before the question stood there."""
-    if sys.platform != "win32":
-        import termios
-
-        termios.tcflush(sys.stdin, termios.TCIFLUSH)
-    input("  [Enter] ")
+    yield effect_page(arrays, config)
 
 
 def training_pages(configs, arrays, runs):
@@ -1932,29 +1772,29 @@ def training_pages(configs, arrays, runs):
         models = init_models(config, np.random.default_rng(config.seed), *before)
         train_and_watch(runs[-1], models)
         yield training_page(runs[-1])
-    yield chart_page(runs)
-    yield outcome_page(runs)
+    if configs[0].readable:
+        yield chart_page(runs)
+    if runs[0]["outcome"]:
+        yield outcome_page(runs)
 
 
 def train_and_watch(run, models):
     """Train, with live figures in a terminal; run gets metrics, texts and outcome."""
-    config, history, label = run["config"], run["history"], run["label"]
+    config, history, hidden = run["config"], run["history"], not sys.stdout.isatty()
     rngs = [np.random.default_rng([config.seed, stream]) for stream in (2, 3)]
     columns = "{task.description}", MofNCompleteColumn(), TimeRemainingColumn()
-    hidden = not sys.stdout.isatty()
     console = make_console(quiet=hidden)
     with Progress(*columns, console=console, transient=True, disable=hidden) as live:
-        task = live.add_task(label, total=config.steps)
-        for metrics, data in train(models, config, rngs[0]):
+        task = live.add_task("", total=config.steps)
+        for step, (metrics, data) in enumerate(train(models, config, rngs[0])):
             for name, value in metrics.items():
-                history.setdefault(name, []).append(float(value))
+                history.setdefault(name, np.full(config.steps, np.nan))[step] = value
             texts = texts_of(data["prompts"][:2], data["responses"][:2], config, 10)
             run["texts"].append(" ".join(texts))
-            shown = figures_in(metrics)
-            now = [f"{head} {fixed(metrics[metric])}" for metric, _, head, _ in shown]
-            live.update(task, advance=1, description="  ".join([label, *now]))
-    last = {name: stretch_means(history[m])[0][-1] for m, name, *_ in shown}
-    run["outcome"] = attainable_gain(models, config, rngs[1]) or last
+            known = [head for head in METRICS if METRICS[head] in metrics]
+            now = [f"{head} {fixed(metrics[METRICS[head]])}" for head in known]
+            live.update(task, advance=1, description="  ".join([run["label"], *now]))
+    run["outcome"] = attainable_gain(models, config, rngs[1])
     if config.readable:
         prompts, length = np.arange(0, 26, 5)[:, None], config.response_length
         for name, model in ("start", models.reference), ("words", models.actor):
@@ -1965,21 +1805,18 @@ def train_and_watch(run, models):
 
 def saved(configs, arrays, runs):
     """All arrays, and the configuration as JSON, as bytes; several runs a row each."""
-    rows, config, steps = {}, {}, configs[0].steps
-    for row, run in enumerate(runs):  # what an interrupted run lacks is NaN
-        for name, values in run["history"].items():
-            metric = rows.setdefault(name, np.full((len(configs), steps), np.nan))
-            metric[row, : len(values)] = values
-        for name, value in run["outcome"].items():
-            theory = rows.setdefault(f"theory/{name}", np.full(len(configs), np.nan))
-            theory[row] = value
-    if len(configs) == 1:
-        rows = {name: values[0] for name, values in rows.items()}
-    for name, value in vars(configs[0]).items():
+    config, rows = {}, [{}] * len(configs)  # what an interrupted run lacks is NaN
+    for row, run in enumerate(runs):
+        theory = {f"theory/{name}": value for name, value in run["outcome"].items()}
+        rows[row] = run["history"] | theory
+    for name in {name: None for row in rows for name in row}:
+        values = np.broadcast_arrays(*[row.get(name, np.nan) for row in rows])
+        arrays[name] = np.stack(values) if len(rows) > 1 else values[0]
+    for name in vars(configs[0]):
         values = [vars(other)[name] for other in configs]
-        config[name] = values if len(set(values)) > 1 else value
+        config[name] = values if len(set(values)) > 1 else values[0]
     data = io.BytesIO()
-    np.savez(data, config=json.dumps(config), **arrays, **rows)
+    np.savez(data, config=json.dumps(config), **arrays)
     return data.getvalue()
 
 
@@ -1988,8 +1825,7 @@ def exported(path, theme, parts):
     console = make_console(theme, record=True, file=io.StringIO())
     for part in parts:
         console.print(part)
-    light, dark = terminal_theme.DEFAULT_TERMINAL_THEME, terminal_theme.MONOKAI
-    colours = light if theme == "light" else dark
+    colours = {"light": DEFAULT_TERMINAL_THEME, "dark": MONOKAI}[theme]
     if path.suffix == ".svg":
         return console.export_svg(title="rlhf_loop_pseudo", theme=colours).encode()
     if path.suffix == ".txt":
@@ -2007,66 +1843,39 @@ def plain(error):
     return text.encode("ascii", "replace").decode(), error.end
 
 
-def write(path, data):
-    """Write bytes to a file, whole or not at all. Returns the exit code."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_bytes(data)
-        partial.replace(path)
-    except OSError as problem:
-        partial.unlink(missing_ok=True)
-        return complain(problem)
-    return 0
-
-
-def show_all(pages, shown):
-    """Print pages as they come; shown gets them. Returns the exit code."""
-    console = make_console()
-    try:
-        with np.errstate(all="ignore"):  # check_finite speaks of what is not finite
-            for part in pages:
-                shown.append(part)
-                console.print(part)
-        sys.stdout.flush()
-    except (KeyboardInterrupt, EOFError):
-        console.print("\nInterrupted.")
-        return 130
-    except SystemExit:  # rich's answer to a closed pipe
-        return 1
-    except (FloatingPointError, MemoryError, OSError) as problem:
-        return complain(problem)
-    return 0
-
-
-def complain(problem):
-    """Say on stderr what went wrong. Returns the exit code for that."""
-    print(f"rlhf_loop_pseudo.py: {problem}", file=sys.stderr)
-    return 1
-
-
 def main(argv=None):
     """Run the command line argv, sys.argv without it. Returns the exit code."""
     sys.stdout = sys.stdout or io.StringIO()  # where it is closed
     if hasattr(sys.stdout, "reconfigure"):
         codecs.register_error("plain", plain)
         sys.stdout.reconfigure(errors="plain")
-    try:
-        given, configs = read_command_line(argv)
-    except SystemExit as stop:  # --help, or bad input
-        return stop.code
-    arrays, runs, shown = {}, [], []
+    given, configs = read_command_line(argv)
+    arrays, runs, shown, console = {}, [], [], make_console()
     pages = training_pages(configs, arrays, runs)
     if "show" in given:
-        pages = [show_page(given["show"])]
+        pages = [Text(given["show"])]
     elif configs[0].steps == 1:
         pages = one_step_pages(given, configs[0], arrays)
-    code = show_all(pages, shown)
-    if "save" in given:
-        code = write(given["save"], saved(configs, arrays, runs)) or code
-    if "export" in given:
-        theme = given.get("theme", "dark")
-        code = write(given["export"], exported(given["export"], theme, shown)) or code
-    return code
+    try:
+        try:
+            with np.errstate(all="ignore"):  # check_finite speaks of that
+                for part in pages:
+                    shown.append(part)
+                    console.print(part)
+            sys.stdout.flush()
+        finally:  # what an interrupted run has computed is kept, too
+            if "save" in given:
+                given["save"].write_bytes(saved(configs, arrays, runs))
+            if "export" in given:
+                theme = given.get("theme", "dark")
+                given["export"].write_bytes(exported(given["export"], theme, shown))
+    except (KeyboardInterrupt, EOFError):
+        print("\nInterrupted.")
+        return 130
+    except (FloatingPointError, MemoryError, OSError) as problem:
+        print(f"rlhf_loop_pseudo.py: {problem}", file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
