@@ -61,7 +61,7 @@ try:
     import numpy as np
     from rich.console import Console, Group
     from rich.highlighter import RegexHighlighter
-    from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+    from rich.progress import track
     from rich.table import Table
     from rich.terminal_theme import DEFAULT_TERMINAL_THEME, MONOKAI
     from rich.text import Text
@@ -125,6 +125,10 @@ class Config:
         """Whether tokens are letters, so that the human can read what is written."""
         return self.vocab_size == len(LETTERS)
 
+
+LETTERS_PRESET = {"vocab_size": 27, "batch_size": 64, "prompt_length": 1, "beta": 0.2}
+LETTERS_PRESET |= {"response_length": 16, "learning_rate": 4e-3, "drift": 0.1}
+PRESETS = {"gpt2": {}, "letters": LETTERS_PRESET}
 
 # ---------------------------------------------------------------- 3. the loop
 
@@ -410,10 +414,9 @@ def rloo_advantages(rewards, mask, group_size):
     if group_size < 2 or len(mask) % group_size:
         raise ValueError("group_size: rows are not in whole groups of 2 or more")
     rewards = np.where(mask, rewards, 0.0)
-    totals = rewards.sum(axis=1, dtype=np.float64)  # (B, T) -> (B,)
-    totals = totals.reshape(-1, group_size)  # (B,) -> (B / G, G)
+    totals = rewards.sum(axis=1, dtype=np.float64).reshape(-1, group_size)  # (B/G, G)
     others = (totals.sum(axis=1, keepdims=True) - totals) / (group_size - 1)
-    advantages = (totals - others).reshape(-1, 1)  # (B / G, G) -> (B, 1)
+    advantages = (totals - others).reshape(-1, 1)  # (B/G, G) -> (B, 1)
     return np.where(mask, advantages, 0.0).astype(rewards.dtype)  # (B, 1) -> (B, T)
     # ANCHOR_END: rloo_advantages
 
@@ -434,10 +437,9 @@ def grpo_advantages(rewards, mask, group_size):
     if group_size < 2 or len(mask) % group_size:
         raise ValueError("group_size: rows are not in whole groups of 2 or more")
     rewards = np.where(mask, rewards, 0.0)
-    totals = rewards.sum(axis=1, dtype=np.float64)  # (B, T) -> (B,)
-    totals = totals.reshape(-1, group_size)  # (B,) -> (B / G, G)
+    totals = rewards.sum(axis=1, dtype=np.float64).reshape(-1, group_size)  # (B/G, G)
     centered = totals - totals.mean(axis=1, keepdims=True)
-    deviation = totals.std(axis=1, ddof=1, keepdims=True)  # (B / G, 1)
+    deviation = totals.std(axis=1, ddof=1, keepdims=True)  # (B/G, 1)
     advantages = (centered / (deviation + 1e-6)).reshape(-1, 1)  # -> (B, 1)
     return np.where(mask, advantages, 0.0).astype(rewards.dtype)  # (B, 1) -> (B, T)
     # ANCHOR_END: grpo_advantages
@@ -491,6 +493,11 @@ def ppo_loss(new_logprobs, old_logprobs, advantages, mask, clip):
     # ANCHOR_END: ppo_loss
 
 
+def is_clipped(ratio, advantages, clip):
+    """True where PPO's clip stops the gradient; its mean is the clip fraction."""
+    return ratio * advantages > np.clip(ratio, 1 - clip, 1 + clip) * advantages
+
+
 # ANCHOR: value_loss
 def value_loss(values, returns, mask):
     """Step 7. The critic's squared error and its derivative.
@@ -522,10 +529,8 @@ def actor_gradients(actor, prompts, responses, old_logprobs, advantages, mask, c
     equation 7, by the chain rule.
     """
     new_logprobs, cache = forward_logprobs(actor, prompts, responses)  # (B, T)
-    loss, d_new_logprobs, ratio = ppo_loss(
-        new_logprobs, old_logprobs, advantages, mask, clip
-    )
-    return backward_logprobs(actor, cache, d_new_logprobs), loss, ratio
+    loss, d_new, ratio = ppo_loss(new_logprobs, old_logprobs, advantages, mask, clip)
+    return backward_logprobs(actor, cache, d_new), loss, ratio
     # ANCHOR_END: actor_gradients
 
 
@@ -1022,11 +1027,6 @@ def real_mean(x, mask):
     return x.sum(axis=(-2, -1)) / np.count_nonzero(mask)
 
 
-def is_clipped(ratio, advantages, clip):
-    """True where clipping lowers the gain and so stops the gradient. (..., B, T)."""
-    return ratio * advantages > np.clip(ratio, 1 - clip, 1 + clip) * advantages
-
-
 def judge_stages(untrained, reference, reward_model, config, rng):
     """What both stages before the loop reached, on fresh responses: arrays by name.
 
@@ -1036,9 +1036,8 @@ def judge_stages(untrained, reference, reward_model, config, rng):
     """
     letters, _, real = demonstrations(WORDS, config)
     alike = (letters == letters.T).sum(axis=1)  # (N, N) -> (N,)
-    pairs = collect_preferences(
-        reference, replace(config, preference_pairs=2048), rng
-    )
+    fresh = replace(config, preference_pairs=2048)
+    pairs = collect_preferences(reference, fresh, rng)
     length, eos_token = config.response_length, config.vocab_size - 1
     before, *_ = generate(untrained, pairs[0][:4], length, rng, eos_token)
     seen = dict(zip(("prompts", "responses", "mask"), pairs))
@@ -1069,16 +1068,12 @@ def walk_through(models, config, rng):
             exact = exact_kl(logits, models.reference, *texts)
             stage["exact_kl"] = exact * data["mask"]
             del logits  # the largest array of all
-        if "values" in stage:  # GAE with lambda 0 is the TD error
-            arrays = data["rewards"], data["values"], data["mask"]
-            stage["td_errors"], _ = gae(*arrays, config.gamma, 0.0)
         if "ratio" in stage:
             check_finite(models, data, 1)
             after = token_logprobs(models.actor, *texts)
             stage["new_logprobs"] = after * data["mask"]
-            stage["clipped"] = is_clipped(
-                data["ratio"], data["whitened"], config.clip
-            )
+            acts = data["ratio"], data["whitened"]
+            stage["clipped"] = is_clipped(*acts, config.clip)
         yield stage
 
 
@@ -1244,8 +1239,8 @@ WHY = (  # asked before each step, answered on its page
     "Why is the ratio 1 in the first epoch, and why clip it?",
 )
 LEDGER = {"actor": "old_logprobs", "ref": "ref_logprobs", "KL": "kl"}
-LEDGER |= {"reward": "rewards", "value": "values", "TD": "td_errors"}
-LEDGER |= {"adv": "advantages", "return": "returns", "A": "whitened"}
+LEDGER |= {"reward": "rewards", "value": "values", "advantage": "advantages"}
+LEDGER |= {"return": "returns", "A": "whitened"}
 METRICS = {"score": "objective/scores", "human": "objective/human_scores"}
 METRICS |= {"words": "val/words", "KL": "objective/kl"}
 LIMITS = {"J before": "J_start", "J": "J", "J*": "J_star", "share": "share"}
@@ -1271,9 +1266,9 @@ def make_console(styles="terminal", **options):
     return Console(emoji=False, highlighter=Styled(), theme=Theme(theme), **options)
 
 
-def table(columns, gap=2, star=None):
+def table(columns, star=None):
     """Columns, {head: numbers or texts}; in one of them the largest has a star."""
-    grid, styled, cells = Table(box=None, padding=(0, 0, 0, gap)), Styled(), []
+    grid, styled, cells = Table(box=None, padding=(0, 0, 0, 2)), Styled(), []
     for head, values in columns.items():
         texts = [x if isinstance(x, str) else fixed(x) for x in values]
         if head == star:
@@ -1286,9 +1281,10 @@ def table(columns, gap=2, star=None):
     return grid
 
 
-def fixed(value, digits=2):
+def fixed(value, digits=2, error=None):
     """A number with so many decimals, never a negative zero; a dash for none."""
     text = f"{round(float(value), digits) + 0.0:.{digits}f}"
+    text += "" if error is None else f" ± {error:.{digits}f}"
     return "-" if np.isnan(value) else text
 
 
@@ -1347,8 +1343,7 @@ def step_pages(data, config):
         return fixed(real_mean(data[name], mask), 3)
 
     def preview(name):
-        few = listed(data[name][0][real], 3)
-        return f"{mask.shape}\t{few} mean {mean(name)}"
+        return f"{mask.shape}\t{listed(data[name][0][real], 3)} mean {mean(name)}"
 
     first, *_ = texts_of(data["prompts"][:, :0], data["prompts"], config)
     yield f"""Step 1: Sample prompts
@@ -1363,8 +1358,8 @@ def step_pages(data, config):
   Generated tokens: {mask.shape}\tthe first: {first}
   Actor logits: {logits}\t{4e-6 * math.prod(logits):.1f} MB; softmax: probabilities
   Old log probs: {preview("old_logprobs")}
-    [...]: the first response's first tokens and last; mean: over all tokens. In
-    nats, units of the natural logarithm: {-math.log(logits[2]):.2f} if all tokens were alike.
+    Of the first response the first tokens and the last; the mean is over all. In
+    nats, natural logarithms: {-math.log(logits[2]):.2f} if all tokens were equally probable.
     {WHY[1]} They stay while step 7 changes the actor.
 """
     origin = "was trained above" if config.readable else "is random"
@@ -1405,9 +1400,8 @@ def step_pages(data, config):
     δ[t] = reward[t] + γ value[t+1] - value[t], and all are 0 past the end
     advantage[t] = δ[t] + γ λ advantage[t+1], γ = {config.gamma:g}, λ = {config.lam:g}
     return[t] = advantage[t] + value[t], the reward still to come
-    {WHY[5]} A high reward may still be
-    less than expected. Whitened, to mean 0 and variance 1: the update must not
-    grow with the scale of the scores.
+    {WHY[5]} A high one may be less than
+    expected. Whitened, to mean 0 and variance 1, lest the scale of scores matter.
 """
     else:
         formula, group = "R - mean of the others' R", totals[: config.group_size]
@@ -1421,34 +1415,28 @@ def step_pages(data, config):
     {WHY[5]} What else was written to
     the prompt says what was to be expected, as a critic would.
 """
-    yield update_page(data, config)
-
-
-def update_page(data, config):
-    """The page of step 7, a row for each epoch."""
-    low, high, real = 1 - config.clip, 1 + config.clip, data["mask"] != 0
-    ratios, clipped = data["ratio"][:, real], data["clipped"][:, real]  # (epochs, N)
+    low, high, real = 1 - config.clip, 1 + config.clip, mask != 0
+    ratios, shares = data["ratio"][:, real], data["clipped"][:, real].mean(axis=1)
     columns = {"epoch": [str(epoch + 1) for epoch in range(len(ratios))]}
     columns["ratio"] = [f"{r.min():.3f} .. {r.max():.3f}" for r in ratios]
-    columns["clipped"] = [f"{share:.1%}" for share in clipped.mean(axis=1)]
-    actor = "mean of -min(ratio * A, clipped ratio * A)"
-    critic, answer = "mean of (value - return)²", ""
-    for owner, formula in ("actor", actor), ("critic", critic):
+    columns["clipped"] = [f"{share:.1%}" for share in shares]
+    answer, formula = "", "mean of -min(ratio * A, clipped ratio * A)"
+    for owner in ("actor", "critic") if "values" in data else ("actor",):
         losses = data[f"{owner}_loss"]
-        if len(losses):  # the critic may be absent
-            columns[f"{owner} loss"] = [fixed(loss, 4) for loss in losses]
-            answer += f"  {owner.title()} loss: {fixed(losses[-1], 3)}\t{formula}\n"
+        columns[f"{owner} loss"] = [fixed(loss, 4) for loss in losses]
+        answer += f"  {owner.title()} loss: {fixed(losses[-1], 3)}\t{formula}\n"
+        formula = "mean of (value - return)²"
     text = f"""Step 7: PPO update
   Ratio = exp(new_log_prob - old_log_prob)
   Clipped ratio: clip(ratio, {low:g}, {high:g})"""
-    answer += f"""    A: the last advantage of step 6. {WHY[6]}
+    answer += f"""    A: the last of step 6. {WHY[6]}
     At first the weights are those that generated; the loss is minus the mean of
     A, about 0, but its gradient is not. Clipped are tokens above {high:g} where A > 0,
     below {low:g} where A < 0: they gain no more, so the update does not chase them.
 
   Update complete!
 """
-    return Group(text, table(columns), answer)
+    yield Group(text, table(columns), answer)
 
 
 def effect_page(data, config):
@@ -1480,13 +1468,11 @@ def response_page(data, config, row):
     ratios = zip(data["ratio"][-1, row, real], data["clipped"][-1, row, real])
     columns["ratio"] = [fixed(r) + ("*" if stopped else "") for r, stopped in ratios]
     text = texts_of(data["prompts"], data["responses"], config)[row]
-    score = fixed(data["scores"][row])
-    title = f"Response {row} in all steps: {text} with score {score}"
-    note = """    actor, ref: log probabilities; adv: advantage, and A as it acts; ratio: in
-    the last epoch, * if clipped. With a critic, and 0 past the end: TD = reward
-    + γ value[t+1] - value, adv = TD + γ λ adv[t+1], return = adv + value.
+    title = f"Response {row} in all steps: {text}, score {fixed(data['scores'][row])}"
+    note = """    actor, ref: log probabilities; A: the advantage as it acts; ratio: in the last
+    epoch, * if clipped. Value and advantage of what comes after the end are 0.
 """
-    return Group(title, table(columns, gap=1), note)
+    return Group(title, table(columns), note)
 
 
 def what_happened(history):
@@ -1571,8 +1557,7 @@ def outcome_page(runs):
     theory = {"": labels}
     for head, name in LIMITS.items():
         pairs = zip(seen[name], seen[f"{name}_error"])
-        texts = [f"{fixed(mean, 3)} ± {fixed(error, 3)}" for mean, error in pairs]
-        theory[head] = ["-" if np.isnan(x) else t for x, t in zip(seen[name], texts)]
+        theory[head] = [fixed(mean, 3, error) for mean, error in pairs]
     note = """    J = score - β * KL is maximised; J before: of the reference; J*: the most
     that a policy can reach; share: of the way from J before to J*. A dash stands
     where β is 0, or J* cannot be told from so few responses.
@@ -1591,10 +1576,6 @@ def outcome_page(runs):
 
 # ---------------------------------------------------------------- 9. the command line
 
-LETTERS_PRESET = {"vocab_size": 27, "batch_size": 64, "prompt_length": 1, "beta": 0.2}
-LETTERS_PRESET |= {"response_length": 16, "learning_rate": 4e-3, "drift": 0.1}
-PRESETS = {"gpt2": {}, "letters": LETTERS_PRESET}
-SIZES = "batch_size prompt_length response_length vocab_size width".split()
 FILES = {"save": [".npz"], "export": [".svg", ".html", ".txt"]}
 ABOUT = "RLHF with PPO, in real numbers. Without flags: one step of it, shown."
 EXAMPLES = """examples:
@@ -1610,12 +1591,12 @@ def make_parser():
     groups = "sizes", "algorithm (several beta or advantage: compared)", "output"
     sizes, algorithm, output = map(parser.add_argument_group, groups)
     sizes.add_argument("--preset", choices=PRESETS, help="what to start from (gpt2)")
-    for setting in fields(Config):
+    for number, setting in enumerate(fields(Config)):
         kind, text = setting.type.__origin__, setting.type.__metadata__[0]
         options = {"type": kind, "help": f"{text} ({setting.default})"}
         options["metavar"] = {int: "N", float: "X", str: "NAME"}[kind]
         options["nargs"] = "+" if setting.name in ("beta", "advantage") else None
-        group = sizes if setting.name in SIZES else algorithm
+        group = sizes if number < 5 else algorithm
         group.add_argument(f"--{setting.name.replace('_', '-')}", **options)
     add = output.add_argument
     add("--inspect", type=int, metavar="ROW", help="show a response token by token")
@@ -1675,15 +1656,12 @@ def refuse(given, configs):
         ("pause", sys.stdin and sys.stdin.isatty(), "in a terminal"),
         ("beta advantage", config.steps > several, "with one value, or --steps"),
         ("beta advantage", len(set(configs)) == len(configs), "with each value once"),
-        ("show", len(given) == 1, "alone"),
         ("theme", "export" in given, "with --export"),
     ]
     for name, endings in FILES.items():
-        path = given.get(name, Path(f"x{endings[0]}"))
-        rules += [
-            (name, path.suffix in endings, f"with {' or '.join(endings)} files")
-        ]
-        rules += [(name, os.access(path.parent, os.W_OK), "in a folder to write to")]
+        path, files = given.get(name, Path(f"x{endings[0]}")), " or ".join(endings)
+        fits = path.suffix in endings and os.access(path.parent, os.W_OK)
+        rules.append((name, fits, f"with a file {files} in a folder to write to"))
     for flags, works, how in rules:
         for name in given.keys() & set(flags.split()):
             if not works:
@@ -1779,21 +1757,17 @@ def training_pages(configs, arrays, runs):
 
 
 def train_and_watch(run, models):
-    """Train, with live figures in a terminal; run gets metrics, texts and outcome."""
+    """Train, with a bar in a terminal; run gets metrics, texts and outcome."""
     config, history, hidden = run["config"], run["history"], not sys.stdout.isatty()
     rngs = [np.random.default_rng([config.seed, stream]) for stream in (2, 3)]
-    columns = "{task.description}", MofNCompleteColumn(), TimeRemainingColumn()
-    console = make_console(quiet=hidden)
-    with Progress(*columns, console=console, transient=True, disable=hidden) as live:
-        task = live.add_task("", total=config.steps)
-        for step, (metrics, data) in enumerate(train(models, config, rngs[0])):
-            for name, value in metrics.items():
-                history.setdefault(name, np.full(config.steps, np.nan))[step] = value
-            texts = texts_of(data["prompts"][:2], data["responses"][:2], config, 10)
-            run["texts"].append(" ".join(texts))
-            known = [head for head in METRICS if METRICS[head] in metrics]
-            now = [f"{head} {fixed(metrics[METRICS[head]])}" for head in known]
-            live.update(task, advance=1, description="  ".join([run["label"], *now]))
+    steps, console = train(models, config, rngs[0]), make_console(quiet=hidden)
+    options = {"console": console, "transient": True, "disable": hidden}
+    live = track(steps, run["label"], config.steps, **options)
+    for step, (metrics, data) in enumerate(live):
+        for name, value in metrics.items():
+            history.setdefault(name, np.full(config.steps, np.nan))[step] = value
+        texts = texts_of(data["prompts"][:2], data["responses"][:2], config, 10)
+        run["texts"].append(" ".join(texts))
     run["outcome"] = attainable_gain(models, config, rngs[1])
     if config.readable:
         prompts, length = np.arange(0, 26, 5)[:, None], config.response_length
