@@ -1031,8 +1031,7 @@ def judge_stages(untrained, reference, reward_model, config, rng):
     """What both stages before the loop reached, on fresh responses: arrays by name.
 
     best_loss, in nats a token: of k words with one first letter each has p = 1 / k.
-    accuracy: the share of pairs in which the chosen response has the higher score,
-    human_accuracy: in which the human likes it better. A tie counts half.
+    accuracy: the share of pairs whose chosen response has the higher score, a tie half.
     """
     letters, _, real = demonstrations(WORDS, config)
     alike = (letters == letters.T).sum(axis=1)  # (N, N) -> (N,)
@@ -1043,9 +1042,8 @@ def judge_stages(untrained, reference, reward_model, config, rng):
     seen = dict(zip(("prompts", "responses", "mask"), pairs))
     seen["scores"] = score_responses(reward_model, *pairs)
     seen["human"] = human_scores(*pairs, config.vocab_size)
-    for name, opinion in ("accuracy", "scores"), ("human_accuracy", "human"):
-        chosen, rejected = np.split(seen[opinion], 2)
-        seen[name] = np.heaviside(chosen - rejected, 0.5).mean()
+    chosen, rejected = np.split(seen["scores"], 2)
+    seen["accuracy"] = np.heaviside(chosen - rejected, 0.5).mean()
     return {f"preferences/{name}": array for name, array in seen.items()} | {
         "fine_tuning/best_loss": np.log(alike).sum() / real.sum(),
         "fine_tuning/before": before,
@@ -1165,14 +1163,14 @@ def gain_shares(start, reached, beta, every_prompt):
         halves = weights.reshape(len(start), 2, -1).mean(axis=2)  # (prompts, 2)
         if beta * np.log(mean / halves).mean() > error(best):
             best = start * np.nan
-    gain, stake = {}, best - start
-    for name, values in ("J_start", start), ("J", reached), ("J_star", best):
-        gain |= {name: values.mean(), f"{name}_error": error(values)}
-    share = np.nan
+    stake, share = best - start, np.nan
     if stake.mean() > max(3 * error(stake), 1e-6):
         share = (reached - start).mean() / stake.mean()
     noise = error(reached - start - share * stake) / stake.mean()
-    return gain | {"share": share, "share_error": noise}
+    gain = {"share": share, "share_error": noise}
+    for name, values in ("J_start", start), ("J", reached), ("J_star", best):
+        gain |= {name: values.mean(), f"{name}_error": error(values)}
+    return gain
 
 
 def attainable_gain(models, config, rng, response_count=512):
@@ -1312,7 +1310,7 @@ def stages_page(seen, config):
     before = texts_of(seen["prompts"][:4], seen["fine_tuning/before"], config)
     tuning, choosing = seen["fine_tuning/losses"], seen["losses"]
     start, end = choosing[:20].mean(), choosing[-20:].mean()
-    pairs, right, best = len(words) // 2, seen["accuracy"], seen["human_accuracy"]
+    pairs, right = len(words) // 2, seen["accuracy"]
     noise = (right * (1 - right) / pairs) ** 0.5
     differ = [row for row in range(pairs) if words[row] != words[row + pairs]]
     rows = [row + other for row in differ[:3] for other in (0, pairs)]
@@ -1330,7 +1328,7 @@ def stages_page(seen, config):
 Stage 2: A reward model that learns from a human's choices
   Choices between two: {config.preference_pairs}\tby the human's opinion, and some chance
   Loss: {start:.3f} -> {end:.3f}\tmean of -log sigmoid(chosen - rejected)
-  Fresh pairs right: {right:.1%}\t± {noise:.1%}; by the human's opinion {best:.1%}
+  Fresh pairs right: {right:.1%}\t± {noise:.1%}, of choices that are partly chance
     The human likes vowels and consonants evenly mixed, no letter twice: from 0
     to 1. The reward model sees only which one was chosen; it is frozen now."""
     return Group(text, table(columns), "")
@@ -1520,11 +1518,11 @@ def chart_page(runs, width=60, height=9):
     """The human's opinion over KL, a mark for each run."""
     points, legend = [], ""
     for run, mark in zip(runs, "●○△#+x%&@" * len(runs)):
-        legend += f"          {mark} {run['label']}\n"
+        legend += f"\n          {mark} {run['label']}"
         parts = min(60, run["config"].steps)  # means over these, against noise
         kl = np.array_split(run["history"]["objective/kl"], parts)
-        opinion = np.array_split(run["history"]["objective/human_scores"], parts)
-        points += [(mark, x.mean(), y.mean()) for x, y in zip(kl, opinion)]
+        human = np.array_split(run["history"]["objective/human_scores"], parts)
+        points += [(mark, x.mean(), y.mean()) for x, y in zip(kl, human)]
     marks, kl, y = map(np.array, zip(*points))
     x, low, high = np.sqrt(np.maximum(kl, 0)), y.min(), y.max()
     columns = np.rint(x / (x.max() or 1) * (width - 1)).astype(int)
@@ -1532,11 +1530,12 @@ def chart_page(runs, width=60, height=9):
     grid = np.full((height, width), " ")
     grid[rows, columns] = marks
     labels = [fixed(high), *[""] * (height - 2), fixed(low)]
-    lines = [f"  {label:>6} │{''.join(row)}" for label, row in zip(labels, grid)]
+    chart = "".join(f"  {y:>6} │{''.join(row)}\n" for y, row in zip(labels, grid))
     end = f"KL in nats, on a scale of square roots: to {x.max() ** 2:.1f}"
-    lines += [f"         └{'─' * width}", f"          {end:>{width}}", legend]
-    title = "The human's opinion over KL, from the start at the left"
-    return Group(title, Text("\n".join(lines)))
+    chart += f"         └{'─' * width}\n          {end:>{width}}{legend}\n"
+    return Group(
+        "The human's opinion over KL, from the start at the left", Text(chart)
+    )
 
 
 def outcome_page(runs):
@@ -1624,10 +1623,8 @@ def read_command_line(argv):
         for name in unknown:
             flags = [f"--{known.replace('_', '-')}" for known in vars(options)]
             raise ValueError(f"{name} is no flag{meant(name, flags)}")
-        for beta, advantage in itertools.product(betas, advantages):
-            configs.append(
-                Config(**settings | {"beta": beta, "advantage": advantage})
-            )
+        for beta, name in itertools.product(betas, advantages):
+            configs.append(Config(**settings | {"beta": beta, "advantage": name}))
         refuse(given, configs)
     except ValueError as problem:
         parser.error(str(problem))
@@ -1779,16 +1776,15 @@ def train_and_watch(run, models):
 
 def saved(configs, arrays, runs):
     """All arrays, and the configuration as JSON, as bytes; several runs a row each."""
-    config, rows = {}, [{}] * len(configs)  # what an interrupted run lacks is NaN
+    rows = [{}] * len(configs)  # what an interrupted run lacks is NaN
     for row, run in enumerate(runs):
         theory = {f"theory/{name}": value for name, value in run["outcome"].items()}
         rows[row] = run["history"] | theory
     for name in {name: None for row in rows for name in row}:
         values = np.broadcast_arrays(*[row.get(name, np.nan) for row in rows])
         arrays[name] = np.stack(values) if len(rows) > 1 else values[0]
-    for name in vars(configs[0]):
-        values = [vars(other)[name] for other in configs]
-        config[name] = values if len(set(values)) > 1 else values[0]
+    config = {name: [vars(c)[name] for c in configs] for name in vars(configs[0])}
+    config = {n: x if len({*x}) > 1 else x[0] for n, x in config.items()}
     data = io.BytesIO()
     np.savez(data, config=json.dumps(config), **arrays)
     return data.getvalue()
@@ -1817,6 +1813,7 @@ def plain(error):
     return text.encode("ascii", "replace").decode(), error.end
 
 
+@np.errstate(all="ignore")  # check_finite speaks of what is not finite
 def main(argv=None):
     """Run the command line argv, sys.argv without it. Returns the exit code."""
     sys.stdout = sys.stdout or io.StringIO()  # where it is closed
@@ -1832,10 +1829,9 @@ def main(argv=None):
         pages = one_step_pages(given, configs[0], arrays)
     try:
         try:
-            with np.errstate(all="ignore"):  # check_finite speaks of that
-                for part in pages:
-                    shown.append(part)
-                    console.print(part)
+            for part in pages:
+                shown.append(part)
+                console.print(part)
             sys.stdout.flush()
         finally:  # what an interrupted run has computed is kept, too
             if "save" in given:
