@@ -144,7 +144,7 @@ def core_loop(models, config, rng):
     """
     actor, critic, reward_model, reference = models
     actor_state, critic_state = {}, {}
-    length, eos_token = config.response_length, config.vocab_size - 1
+    length, eos = config.response_length, config.vocab_size - 1
     group_size = config.group_size if critic is None else 1
     for step in range(config.steps):
         # 1. Sample prompts
@@ -154,9 +154,7 @@ def core_loop(models, config, rng):
         yield {"prompts": prompts}
 
         # 2. Generate
-        responses, mask, old_logprobs = generate(
-            actor, prompts, length, rng, eos_token
-        )
+        responses, mask, old_logprobs = generate(actor, prompts, length, rng, eos)
         yield {"responses": responses, "mask": mask, "old_logprobs": old_logprobs}
 
         # 3. Score
@@ -173,23 +171,19 @@ def core_loop(models, config, rng):
         yield {"rewards": rewards}
 
         # 6. Advantages, (B, T)
+        by_critic = {}
         if config.advantage == "gae":
             values = critic_values(critic, prompts, responses) * mask
             advantages, returns = gae(rewards, values, mask, config.gamma, config.lam)
-            whitened = whiten(advantages, mask)
-            yield {
-                "values": values,
-                "advantages": advantages,
-                "returns": returns,
-                "whitened": whitened,
-            }
+            by_critic = {"values": values, "returns": returns}
         elif config.advantage == "rloo":
             advantages = rloo_advantages(rewards, mask, group_size)
+        else:
+            advantages = grpo_advantages(rewards, mask, group_size)
+        whitened = advantages  # by grpo: each group's deviation has scaled them
+        if config.advantage != "grpo":
             whitened = whiten(advantages, mask)
-            yield {"advantages": advantages, "whitened": whitened}
-        else:  # each group is scaled by its own deviation already
-            whitened = grpo_advantages(rewards, mask, group_size)
-            yield {"advantages": whitened, "whitened": whitened}
+        yield by_critic | {"advantages": advantages, "whitened": whitened}
 
         # 7. PPO update
         learning_rate = config.learning_rate * (1 - step / config.steps)
@@ -834,7 +828,7 @@ def init_reward_model(model, rng):
     """A reward model before it learns: a model's backbone and a random head."""
     width = len(model["mix"])
     head = init_weights(rng, width, 1, 2.5 / width**0.5)
-    return {**{p: model[p].copy() for p in ("embed", "mix")}, "head": head}
+    return {"embed": model["embed"].copy(), "mix": model["mix"].copy(), "head": head}
 
 
 def init_models(config, rng, reference=None, reward_model=None):
@@ -1441,7 +1435,6 @@ def effect_page(data, config):
     """What the update did to the first four responses."""
     before, after = data["old_logprobs"].sum(axis=1), data["new_logprobs"].sum(axis=1)
     advantages = data["whitened"].sum(axis=1) / np.count_nonzero(data["mask"], axis=1)
-    followed = np.mean((advantages > 0) == (after > before))
     columns = {"response": texts_of(data["prompts"], data["responses"], config, 10)}
     columns |= {"total reward": data["rewards"].sum(axis=1), "mean A": advantages}
     columns |= {"log prob": before, "after": after, "change": after - before}
@@ -1451,7 +1444,7 @@ def effect_page(data, config):
     columns = {head: cells[:4] for head, cells in columns.items()}
     note = f"""    mean A: of the advantage that acts, over the tokens. What was better than
     expected became more probable, what was worse less so: that is RLHF, and
-    {followed:.0%} of the responses followed; the rest share tokens with others.
+    {np.mean((advantages > 0) == (after > before)):.0%} followed; others share tokens with them.
 """
     return Group("What the update did", table(columns), note)
 
@@ -1550,13 +1543,11 @@ def outcome_page(runs):
             text += f"\n    {what_happened(run['history'])}"
         text += "\n    That was training; what follows is of fresh responses:"
     outcomes = [run["outcome"] for run in runs]
-    seen = {n: [outcome[n] for outcome in outcomes] for n in outcomes[0]}
-    known = [head for head in METRICS if head.lower() in seen]
-    means = {"": labels} | {head: seen[head.lower()] for head in known}
+    known = [head for head in METRICS if head.lower() in outcomes[0]]
+    means = {head: [of[head.lower()] for of in outcomes] for head in known}
     theory = {"": labels}
     for head, name in LIMITS.items():
-        pairs = zip(seen[name], seen[f"{name}_error"])
-        theory[head] = [fixed(mean, 3, error) for mean, error in pairs]
+        theory[head] = [fixed(of[name], 3, of[f"{name}_error"]) for of in outcomes]
     note = """    J = score - β * KL is maximised; J before: of the reference; J*: the most
     that a policy can reach; share: of the way from J before to J*. A dash stands
     where β is 0, or J* cannot be told from so few responses.
@@ -1570,7 +1561,7 @@ def outcome_page(runs):
             note += f"""    At β {beta:g} advantages differ in J by {gap:.3f} ± {noise:.3f}, {than}
     than by chance in these responses; another seed would move both.
 """
-    return Group(text, table(means, star="human"), table(theory), note)
+    return Group(text, table({"": labels} | means, "human"), table(theory), note)
 
 
 # ---------------------------------------------------------------- 9. the command line
