@@ -29,8 +29,7 @@ the actor as it began, the critic predicts the reward still to come.
                                                 actor_gradients, critic_gradients
 
 The lesson, by sections: 2 configuration, 3 the loop, 4 these functions, 5 what comes
-before the loop, 6 the models and their gradients. No part of it: 7 measuring, 8 the
-presentation, 9 the command line. Models and human are toys; no number is made up.
+before it, 6 the models. No part of it: 7 measuring, 8 presentation, 9 command line.
 
 In shape comments B are sequences, P prompt tokens, T response tokens, V vocabulary, D
 width, S a sequence (P + T or less), N any rows. Log probabilities and KL are in nats.
@@ -540,7 +539,7 @@ def critic_gradients(critic, prompts, responses, returns, mask):
     values = (states @ critic["head"])[..., 0]  # (B, T, D) -> (B, T)
     loss, d_values = value_loss(values, returns, mask)
     d_states = d_values[..., None] * critic["head"][:, 0]  # (B, T) -> (B, T, D)
-    gradients = predicting_states_gradients(critic, cache, d_states)
+    gradients = backbone_gradients(critic, cache, d_states)
     gradients["head"] = np.einsum("btd,bt->d", states, d_values)[:, None]  # (D, 1)
     return gradients, loss
     # ANCHOR_END: critic_gradients
@@ -732,16 +731,15 @@ def reward_gradients(reward_model, prompts, responses, mask):
     parameters, scalar. Raises ValueError as score_responses does. Source:
     InstructGPT, equation 1, chain rule.
     """
-    head = reward_model["head"]
-    tokens = token_ids(reward_model, prompts, responses)
-    hidden, context = backbone(reward_model, tokens)  # (2 N, P + T, D) both
+    head, tokens = reward_model["head"], token_ids(reward_model, prompts, responses)
+    hidden, cache = backbone(reward_model, tokens)  # (2 N, P + T, D)
     last = last_positions(prompts, responses, mask)
     scores = hidden[last] @ head[:, 0]  # (2 N, P + T, D) -> (2 N, D) -> (2 N,)
     loss, d_chosen, d_rejected = preference_loss(*np.split(scores, 2))
     d_scores = np.concatenate([d_chosen, d_rejected])[:, None]  # (2 N, 1)
     d_hidden = np.zeros_like(hidden)
     d_hidden[last] = d_scores * head[:, 0]  # (2 N, D)
-    gradients = backbone_gradients(reward_model, tokens, hidden, context, d_hidden)
+    gradients = backbone_gradients(reward_model, cache, d_hidden)
     gradients["head"] = hidden[last].T @ d_scores  # (D, 1)
     return gradients, loss
     # ANCHOR_END: reward_gradients
@@ -852,13 +850,11 @@ def init_models(config, rng, reference=None, reward_model=None):
 def token_ids(model, *parts):
     """Arrays of tokens side by side, (B, S) int64; ValueError for what is none."""
     parts = [np.asarray(part) for part in parts]
-    if any(part.ndim != 2 or len(part) != len(parts[0]) for part in parts):
+    if any(x.ndim != 2 or not x.size or len(x) != len(parts[0]) for x in parts):
         raise ValueError("prompts, responses: shapes are not (B, P), (B, T)")
     if any(part.dtype.kind not in "iu" for part in parts):
         raise ValueError("prompts, responses: tokens are whole numbers")
     tokens = np.concatenate([part.astype(np.int64) for part in parts], axis=1)
-    if not all(part.size for part in parts):
-        raise ValueError("prompts, responses: at least one token each")
     if tokens.min() < 0 or tokens.max() >= len(model["embed"]):
         raise ValueError("prompts, responses: tokens are from 0 to V - 1")
     return tokens
@@ -875,7 +871,7 @@ def last_positions(prompts, responses, mask):
 
 
 def backbone(model, tokens):
-    """Hidden states of a causal one-layer model. (B, S) int -> (B, S, D) twice.
+    """Hidden states of a causal one-layer model, (B, S) int -> (B, S, D), and a cache.
 
     context[t] = sum(embed[x[0..t]]) / sqrt(t + 1): equal attention to every token so
         far, at constant variance
@@ -883,11 +879,15 @@ def backbone(model, tokens):
     """
     x = model["embed"][tokens]  # (B, S) -> (B, S, D)
     context = uniform_attention(x) @ x  # (S, S) @ (B, S, D)
-    return np.tanh(x + context @ model["mix"]), context
+    hidden = np.tanh(x + context @ model["mix"])
+    return hidden, (tokens, hidden, context)
 
 
-def backbone_gradients(model, tokens, hidden, context, d_hidden):
-    """Gradients for embed and mix, given d_hidden = d loss / d hidden (B, S, D)."""
+def backbone_gradients(model, cache, d_states):
+    """Gradients for embed and mix, given d loss / d of the last T states, (B, T, D)."""
+    tokens, hidden, context = cache
+    d_hidden = np.zeros_like(hidden)
+    d_hidden[:, -d_states.shape[1] :] = d_states
     d_before = d_hidden * (1 - hidden**2)  # through tanh
     d_mix = np.einsum("bsd,bse->de", context, d_before, optimize=True)
     d_x = d_before + uniform_attention(hidden).T @ (d_before @ model["mix"].T)
@@ -901,20 +901,11 @@ def uniform_attention(x):
 
 
 def predicting_states(model, prompts, responses):
-    """The states that predict the response, (B, T, D), token t at P - 1 + t, and a
+    """The states that predict the response, (B, T, D), token t at P - 1 + t, and the
     cache for their gradients. prompts (B, P), responses (B, T)."""
     tokens = token_ids(model, prompts, responses)[:, :-1]  # nothing follows the last
-    hidden, context = backbone(model, tokens)  # (B, P + T - 1, D) both
-    states = hidden[:, np.shape(prompts)[1] - 1 :]
-    return states, (tokens, hidden, context)
-
-
-def predicting_states_gradients(model, cache, d_states):
-    """Gradients for embed and mix, given d_states = d loss / d states (B, T, D)."""
-    tokens, hidden, context = cache
-    d_hidden = np.zeros_like(hidden)
-    d_hidden[:, -d_states.shape[1] :] = d_states
-    return backbone_gradients(model, tokens, hidden, context, d_hidden)
+    hidden, cache = backbone(model, tokens)  # (B, P + T - 1, D)
+    return hidden[:, np.shape(prompts)[1] - 1 :], cache
 
 
 def log_softmax(logits):
@@ -991,7 +982,7 @@ def backward_logprobs(model, cache, d_logprobs):
         d_head[:, columns] = -scaled.T @ softmax  # (D, N) @ (N, v)
     d_head += sum_by_token(tokens, scaled, head.shape[1]).T  # the one-hot's share
     d_states = d_flat.reshape(states.shape)  # (N, D) -> (B, T, D)
-    return {**predicting_states_gradients(model, cache, d_states), "head": d_head}
+    return {**backbone_gradients(model, cache, d_states), "head": d_head}
 
 
 def sum_by_token(tokens, rows, vocab_size):
