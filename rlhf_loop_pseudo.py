@@ -229,9 +229,6 @@ def generate(actor, prompts, response_length, rng, eos_token):
 
     token[t] ~ softmax(hidden[P - 1 + t] @ head), temperature 1
 
-    The context is a running sum, so that each token costs one position, not the whole
-    sequence: what a key-value cache does for a transformer.
-
     prompts (B, P) int. Returns (responses, mask, logprobs), (B, T) each: responses
     int, eos_token after the end; mask 1 up to and including the first end token;
     logprobs in nats, 0 at padding. Raises ValueError for what is no token of the
@@ -255,7 +252,7 @@ def generate(actor, prompts, response_length, rng, eos_token):
         mask[:, t] = running
         logprobs[:, t] = np.where(running, logprob, 0)
         running = token != eos_token
-        context_sum = context_sum + embed[token]
+        context_sum = context_sum + embed[token]  # in place of a key-value cache
     return responses, mask, logprobs
     # ANCHOR_END: generate
 
@@ -758,10 +755,9 @@ def train_reward_model(reward_model, prompts, responses, mask, rng):
     """
     reward_model = {p: reward_model[p].copy() for p in ("embed", "mix", "head")}
     prompts, responses, mask = map(np.asarray, (prompts, responses, mask))
-    rows = {len(prompts), len(responses), len(mask)}
-    if len(rows) > 1 or len(prompts) % 2 or not len(prompts):
-        raise ValueError("prompts, responses, mask: not 2 N rows each")
     pairs, state, losses = len(prompts) // 2, {}, []
+    if not len(prompts) == len(responses) == len(mask) == 2 * pairs > 0:
+        raise ValueError("prompts, responses, mask: not 2 N rows each")
     for learning_rate in np.linspace(5e-3, 0, 200, endpoint=False):
         chosen = rng.integers(0, pairs, size=128)
         rows = np.concatenate([chosen, chosen + pairs])  # (256,), two of each pair
@@ -780,10 +776,9 @@ def train_reward_model(reward_model, prompts, responses, mask, rng):
 def learn_from_human(config, rng):
     """Both stages before the loop, InstructGPT's first two.
 
-    Returns (untrained, reference, reward_model, losses): the model before and after
-    fine-tuning, and losses of both stages by name. The reward model begins from the
-    backbone before fine-tuning. From the fine-tuned one, whose states saturate, it
-    agrees with the human as often, but at beta 0 it is hacked on some seeds only.
+    Returns (untrained, reference, reward_model, losses by name). The reward model
+    begins from the backbone before fine-tuning: from the fine-tuned one, whose states
+    saturate, it is as accurate, but at beta 0 it is hacked on some seeds only.
     """
     untrained = init_model(rng, config.vocab_size, config.width, config.vocab_size)
     reference = {name: weights.copy() for name, weights in untrained.items()}
@@ -871,7 +866,7 @@ def last_positions(prompts, responses, mask):
 
 
 def backbone(model, tokens):
-    """Hidden states of a causal one-layer model, (B, S) int -> (B, S, D), and a cache.
+    """Hidden states of a causal one-layer model, (B, S) -> (B, S, D), and a cache.
 
     context[t] = sum(embed[x[0..t]]) / sqrt(t + 1): equal attention to every token so
         far, at constant variance
@@ -884,7 +879,7 @@ def backbone(model, tokens):
 
 
 def backbone_gradients(model, cache, d_states):
-    """Gradients for embed and mix, given d loss / d of the last T states, (B, T, D)."""
+    """Gradients for embed and mix, given d loss / d the last T states, (B, T, D)."""
     tokens, hidden, context = cache
     d_hidden = np.zeros_like(hidden)
     d_hidden[:, -d_states.shape[1] :] = d_states
@@ -915,10 +910,8 @@ def log_softmax(logits):
 
 
 def exact_kl(logits, reference, prompts, responses):
-    """KL(actor || reference), at each position Σ over v of p(v) log(p(v) / q(v)).
-
-    logits (B, T, V) are the actor's. Returns (B, T) in nats; padding is not masked.
-    """
+    """KL(actor || reference), at each position Σ over v of p(v) log(p(v) / q(v)): (B,
+    T) in nats, padding not masked. logits (B, T, V) are the actor's."""
     states, _ = predicting_states(reference, prompts, responses)  # (B, T, D)
     kl = np.empty(responses.shape, dtype=logits.dtype)
     for t in range(responses.shape[1]):  # a position at a time, to save memory
@@ -1016,7 +1009,7 @@ def judge_stages(untrained, reference, reward_model, config, rng):
     """What both stages before the loop reached, on fresh responses: arrays by name.
 
     best_loss, in nats a token: of k words with one first letter each has p = 1 / k.
-    accuracy: the share of pairs whose chosen response has the higher score, a tie half.
+    accuracy: the share of pairs whose chosen response scores higher, a tie half.
     """
     letters, _, real = demonstrations(WORDS, config)
     alike = (letters == letters.T).sum(axis=1)  # (N, N) -> (N,)
@@ -1072,21 +1065,19 @@ def train(models, config, rng):
 
 
 def check_finite(models, data, step):
-    """Raises FloatingPointError where a step has left nothing to train on."""
+    """Raises FloatingPointError where a loss is not finite, a weight beyond 10^6, or
+    every ratio 0 or infinite: then nothing is left to train on."""
     learned = [*models.actor.values(), *(models.critic or {}).values()]
     losses = [*data["actor_loss"], *data["critic_loss"]]
     sound = np.isfinite(losses).all() and all((abs(w) < 1e6).all() for w in learned)
     if not sound or np.isin(data["ratio"][-1][data["mask"] != 0], [0, np.inf]).all():
-        raise FloatingPointError(
-            f"step {step} diverged: a loss is not finite, a weight beyond 10^6, or "
-            "every ratio 0 or infinite; lower --learning-rate, --beta or --drift"
-        )
+        advice = "lower --learning-rate, --beta or --drift"
+        raise FloatingPointError(f"step {step} diverged: {advice}")
 
 
 def step_metrics(data, config, step):
     """What a step is judged by, under TRL's names where it has one: means over the
-    batch of sums over a response; of policy/, loss/, val/ratio over epochs and tokens.
-    """
+    batch of sums over a response; of policy/, loss/, val/ratio over all tokens."""
     texts, ratio = (data["prompts"], data["responses"], data["mask"]), data["ratio"]
     mask, ended = data["mask"], data["responses"] == config.vocab_size - 1
     score, kl = data["scores"].mean(), data["kl"].sum(axis=1).mean()
@@ -1163,7 +1154,7 @@ def attainable_gain(models, config, rng, response_count=512):
 
     No policy exceeds J_star = E over prompts of β log E[exp(score / β)], over the
     reference's responses (Korbak et al. 2022; Rafailov et al. 2023, equation 4).
-    From response_count fresh responses to every prompt where prompts are letters, else
+    From response_count fresh responses to every prompt where prompts are letters, or
     to 32 drawn ones. Returns floats by name; {} where it would take long.
     """
     length, eos_token = config.response_length, config.vocab_size - 1
@@ -1458,11 +1449,9 @@ def response_page(data, config, row):
 
 
 def what_happened(history):
-    """A sentence on a training: from the first stretch of steps, the best and the last.
-
-    Hacked: the end lies below the start, by three standard errors. Losing words: less
-    than 0.7 of them are left. Liked better: the human's opinion ends at 0.9 or more.
-    """
+    """A verdict on a training: hacked, where the human ends less content than at first
+    by three standard errors; words lost, where less than 0.7 of them are left; better
+    liked, where the human's opinion ends at 0.9 or more. All by stretches of steps."""
     _, human, noise = stretch_means(history["objective/human_scores"])
     _, words, _ = stretch_means(history["val/words"])
     margin = max(3 * math.hypot(noise[0], noise[-1]), 0.005)
@@ -1539,9 +1528,8 @@ def outcome_page(runs):
     theory = {"": labels}
     for head, name in LIMITS.items():
         theory[head] = [fixed(of[name], 3, of[f"{name}_error"]) for of in outcomes]
-    note = """    J = score - β * KL is maximised; J before: of the reference; J*: the most
-    that a policy can reach; share: of the way from J before to J*. A dash stands
-    where β is 0, or J* cannot be told from so few responses.
+    note = """    J = score - β * KL is maximised; J before: of the reference; J*: best possible;
+    share: of the way from J before to J*. A dash: β is 0, or chance hides J*.
 """
     for beta in dict.fromkeys(run["config"].beta for run in runs):
         same = [run["outcome"] for run in runs if run["config"].beta == beta]
@@ -1659,11 +1647,9 @@ def source_of(name):
     """A function, in any case, or those of a step, with all that they need to run."""
     docs = {n: str(x.__doc__) for n, x in globals().items() if inspect.isfunction(x)}
     wanted = [known for known in docs if known.lower() == name.lower()]
-    step = f"Step {name}."
-    wanted = wanted or [known for known in docs if docs[known].startswith(step)]
+    wanted = wanted or [n for n in docs if docs[n].startswith(f"Step {name}.")]
     if not wanted:
-        reason = f"{name} is no function here{meant(name, docs)}"
-        raise argparse.ArgumentTypeError(reason)
+        raise argparse.ArgumentTypeError(f"{name} is no function{meant(name, docs)}")
     found = {}
     for known in wanted:  # which grows
         value = globals()[known]
@@ -1686,8 +1672,8 @@ def opening_pages(title, configs, arrays):
     """The data flow, and the stages before the loop; returns what init_models takes."""
     critic, config = any(c.advantage == "gae" for c in configs), configs[0]
     yield f"""=== {title} ==={PICTURE if critic else PICTURE_WITHOUT_CRITIC}\
-    The actor is the model that writes and learns, the reference what it was at
-    first. A forward pass computes, for each position, the next token's chances.
+    The actor writes and learns, the reference is what it was at first. A forward
+    pass computes, for each position, the next token's chances.
 """
     if not config.readable:
         return ()
@@ -1740,8 +1726,7 @@ def train_and_watch(run, models):
     config, history, hidden = run["config"], run["history"], not sys.stdout.isatty()
     rngs = [np.random.default_rng([config.seed, stream]) for stream in (2, 3)]
     steps, console = train(models, config, rngs[0]), make_console(quiet=hidden)
-    options = {"console": console, "transient": True, "disable": hidden}
-    live = track(steps, run["label"], config.steps, **options)
+    live = track(steps, run["label"], config.steps, console=console, transient=True)
     for step, (metrics, data) in enumerate(live):
         for name, value in metrics.items():
             history.setdefault(name, np.full(config.steps, np.nan))[step] = value
