@@ -179,9 +179,8 @@ def core_loop(models, config, rng):
             advantages = rloo_advantages(rewards, mask, group_size)
         else:
             advantages = grpo_advantages(rewards, mask, group_size)
-        whitened = advantages  # by grpo: each group's deviation has scaled them
-        if config.advantage != "grpo":
-            whitened = whiten(advantages, mask)
+        grpo = config.advantage == "grpo"  # has scaled each group already
+        whitened = advantages if grpo else whiten(advantages, mask)
         yield by_critic | {"advantages": advantages, "whitened": whitened}
 
         # 7. PPO update
@@ -281,8 +280,7 @@ def token_logprobs(model, prompts, responses):
     logprob[t] = log softmax(hidden[P - 1 + t] @ head)[responses[t]]
 
     prompts (B, P), responses (B, T). Returns (B, T) in nats, padding not masked.
-    Raises ValueError for what is no token of the model.
-    Source: Radford et al. 2018 (GPT), equations 1 and 2.
+    Raises ValueError for what is no token. Source: Radford et al. 2018, equation 2.
     """
     logprobs, _ = forward_logprobs(model, prompts, responses)
     return logprobs
@@ -646,11 +644,9 @@ def human_scores(prompts, responses, mask, vocab_size):
 
     The human is simulated: best, at 1, are words that mix vowels and consonants
     evenly and repeat no letter. Tokens from 0 are a, b, ...; token V - 1 ends the
-    word and is no letter. Training never sees these scores.
-
-    prompts (B, P), responses, mask (B, T). Returns (B,) in [0, 1], 0 for an empty
-    word. Raises ValueError for shapes that differ. Source: the role of the gold
-    reward model in Gao et al. 2023; the rule is ours.
+    word. Training never sees these scores. prompts (B, P), responses, mask (B, T).
+    Returns (B,) in [0, 1], 0 for an empty word. Raises ValueError for shapes that
+    differ. Source: the gold reward model of Gao et al. 2023; the rule is ours.
     """
     if np.shape(responses) != np.shape(mask) or len(prompts) != len(responses):
         raise ValueError("prompts, responses, mask: not (B, P), (B, T), (B, T)")
@@ -683,11 +679,11 @@ def collect_preferences(reference, config, rng):
     chosen responses, then the rejected ones in the same order; (2 N, P), (2 N, T)
     both. Source: Bradley & Terry 1952; Christiano et al. 2017, section 2.2.
     """
-    pairs, length = config.preference_pairs, config.response_length
-    vocab_size = config.vocab_size
+    pairs, vocab_size = config.preference_pairs, config.vocab_size
     prompts = sample_prompts(rng, pairs, config.prompt_length, vocab_size)
     prompts = np.concatenate([prompts, prompts])  # (N, P) -> (2 N, P)
-    responses, mask, _ = generate(reference, prompts, length, rng, vocab_size - 1)
+    length, eos = config.response_length, config.vocab_size - 1
+    responses, mask, _ = generate(reference, prompts, length, rng, eos)
     human = human_scores(prompts, responses, mask, vocab_size)  # (2 N,)
     first, second = np.split(human, 2)  # (N,) both
     first_wins = rng.random(pairs) < 1 / (1 + np.exp(-8 * (first - second)))
@@ -705,10 +701,9 @@ def preference_loss(chosen, rejected):
     loss = mean of -log sigmoid(chosen - rejected)
     d loss / d chosen = -sigmoid(rejected - chosen) / n = -d loss / d rejected
 
-    chosen, rejected (N,): the scores of both responses of each pair.
-    Returns (loss, d_chosen, d_rejected): scalar in nats, (N,), (N,).
-    Raises ValueError for shapes that differ or no pair.
-    Source: Stiennon et al. 2020, section 3.4; InstructGPT, equation 1.
+    chosen, rejected (N,), the scores of both responses of each pair. Returns (loss,
+    d_chosen, d_rejected): scalar in nats, (N,), (N,). Raises ValueError for shapes
+    that differ or no pair. Source: Stiennon et al. 2020; InstructGPT, equation 1.
     """
     if np.shape(chosen) != np.shape(rejected) or not np.size(chosen):
         raise ValueError("chosen, rejected: shapes differ, or no pair")
@@ -746,12 +741,11 @@ def reward_gradients(reward_model, prompts, responses, mask):
 def train_reward_model(reward_model, prompts, responses, mask, rng):
     """Learn to score as the human chose.
 
-    200 Adam updates on 128 pairs each, from the given weights. Then scores are
-    shifted and scaled to mean 0 and standard deviation 1 over these responses, if
-    they differ at all. prompts (2 N, P), responses, mask (2 N, T): as returned by
-    collect_preferences. Returns (reward_model, losses): a new model with a bias, and
-    (200,). Raises ValueError for shapes that do not fit. Source: Stiennon et al.
-    2020, section 3.4; InstructGPT, section 3.5.
+    200 Adam updates on 128 pairs each. Then scores are shifted and scaled to mean 0
+    and standard deviation 1 over these responses, if they differ at all. prompts,
+    responses, mask: 2 N rows, from collect_preferences. Returns (reward_model,
+    losses): a new model with a bias, and (200,). Raises ValueError for shapes that do
+    not fit. Source: Stiennon et al. 2020, section 3.4; InstructGPT, section 3.5.
     """
     reward_model = {p: reward_model[p].copy() for p in ("embed", "mix", "head")}
     prompts, responses, mask = map(np.asarray, (prompts, responses, mask))
@@ -819,8 +813,7 @@ def init_model(rng, vocab_size, width, out_width, scale=1.0):
 
 def init_reward_model(model, rng):
     """A reward model before it learns: a model's backbone and a random head."""
-    width = len(model["mix"])
-    head = init_weights(rng, width, 1, 2.5 / width**0.5)
+    head = init_weights(rng, len(model["mix"]), 1, 2.5 / len(model["mix"]) ** 0.5)
     return {"embed": model["embed"].copy(), "mix": model["mix"].copy(), "head": head}
 
 
@@ -868,8 +861,7 @@ def last_positions(prompts, responses, mask):
 def backbone(model, tokens):
     """Hidden states of a causal one-layer model, (B, S) -> (B, S, D), and a cache.
 
-    context[t] = sum(embed[x[0..t]]) / sqrt(t + 1): equal attention to every token so
-        far, at constant variance
+    context[t] = sum(embed[x[0..t]]) / sqrt(t + 1): equal attention, constant variance
     hidden[t] = tanh(embed[x[t]] + context[t] @ mix)
     """
     x = model["embed"][tokens]  # (B, S) -> (B, S, D)
@@ -1217,7 +1209,6 @@ LEDGER |= {"reward": "rewards", "value": "values", "advantage": "advantages"}
 LEDGER |= {"return": "returns", "A": "whitened"}
 METRICS = {"score": "objective/scores", "human": "objective/human_scores"}
 METRICS |= {"words": "val/words", "KL": "objective/kl"}
-LIMITS = {"J before": "J_start", "J": "J", "J*": "J_star", "share": "share"}
 
 
 class Styled(RegexHighlighter):
@@ -1285,9 +1276,7 @@ def stages_page(seen, config):
     words = texts_of(seen["prompts"], seen["responses"], config)
     before = texts_of(seen["prompts"][:4], seen["fine_tuning/before"], config)
     tuning, choosing = seen["fine_tuning/losses"], seen["losses"]
-    start, end = choosing[:20].mean(), choosing[-20:].mean()
     pairs, right = len(words) // 2, seen["accuracy"]
-    noise = (right * (1 - right) / pairs) ** 0.5
     differ = [row for row in range(pairs) if words[row] != words[row + pairs]]
     rows = [row + other for row in differ[:3] for other in (0, pairs)]
     columns = {"": ["chosen", "rejected"] * 3, "word": [words[row] for row in rows]}
@@ -1303,8 +1292,8 @@ def stages_page(seen, config):
 
 Stage 2: A reward model that learns from a human's choices
   Choices between two: {config.preference_pairs}\tby the human's opinion, and some chance
-  Loss: {start:.3f} -> {end:.3f}\tmean of -log sigmoid(chosen - rejected)
-  Fresh pairs right: {right:.1%}\t± {noise:.1%}, of choices that are partly chance
+  Loss: {choosing[:20].mean():.3f} -> {choosing[-20:].mean():.3f}\t-log sigmoid(chosen - rejected)
+  Fresh pairs right: {right:.1%}\t± {(right * (1 - right) / pairs) ** 0.5:.1%}, of noisy choices
     The human likes vowels and consonants evenly mixed, no letter twice: from 0
     to 1. The reward model sees only which one was chosen; it is frozen now."""
     return Group(text, table(columns), "")
@@ -1332,14 +1321,13 @@ def step_pages(data, config):
   Generated tokens: {mask.shape}\tthe first: {first}
   Actor logits: {logits}\t{4e-6 * math.prod(logits):.1f} MB; softmax: probabilities
   Old log probs: {preview("old_logprobs")}
-    Of the first response the first tokens and the last; the mean is over all. In
-    nats, natural logarithms: {-math.log(logits[2]):.2f} if all tokens were equally probable.
+    The first response's first tokens and last; mean: over all. In nats, natural
+    logarithms: {-math.log(logits[2]):.2f} if all tokens were equally probable.
     {WHY[1]} They stay while step 7 changes the actor.
 """
-    origin = "was trained above" if config.readable else "is random"
     yield f"""Step 3: Score responses (Reward Model)
-  Reward model forward pass...
-  Scores: {listed(data["scores"])}\tby a model that {origin}
+  Reward model forward pass...\tits weights are {"trained" if config.readable else "random"}
+  Scores: {listed(data["scores"])}
     {WHY[2]} Only what is complete can be judged.
 """
     yield f"""Step 4: Compute KL penalty (Reference)
@@ -1347,7 +1335,7 @@ def step_pages(data, config):
   Reference log probs: {preview("ref_logprobs")}
   KL divergence per token: {mask.shape}\t{listed(data["kl"][0][real], 3)}
   Mean KL: {mean("kl")}\tnats a token, by {config.kl_estimator}
-  Exact KL: {mean("exact_kl")}\tby a sum over all {config.vocab_size} tokens: too costly in training
+  Exact KL: {mean("exact_kl")}\tall {config.vocab_size} tokens; too slow to train with
     KL: how far the actor is from the reference. At its start that would be 0;
     this one was moved by --drift {config.drift:g}, as if training had begun.
     From the sampled token alone, in the mean {mean("k1")} {mean("k2")} {mean("k3")}:
@@ -1375,7 +1363,7 @@ def step_pages(data, config):
     advantage[t] = δ[t] + γ λ advantage[t+1], γ = {config.gamma:g}, λ = {config.lam:g}
     return[t] = advantage[t] + value[t], the reward still to come
     {WHY[5]} A high one may be less than
-    expected. Whitened, to mean 0 and variance 1, lest the scale of scores matter.
+    expected. Whitened, to mean 0 and variance 1: no scale of scores matters.
 """
     else:
         formula, group = "R - mean of the others' R", totals[: config.group_size]
@@ -1383,7 +1371,7 @@ def step_pages(data, config):
             formula, whitened = "(R - mean) / deviation", ""  # that is scaled already
         yield f"""Step 6: Compute advantages ({config.advantage}, no critic)
   Group advantages: {preview("advantages")}
-{whitened}    Total rewards R of the first group, which has one prompt: {listed(group)}
+{whitened}    Total rewards R of the group of the first prompt: {listed(group)}
     Its advantages, one for all tokens: {listed(data["advantages"][: len(group), 0])}
     Each is {formula} in the group.
     {WHY[5]} What else was written to
@@ -1403,9 +1391,9 @@ def step_pages(data, config):
     text = f"""Step 7: PPO update
   Ratio = exp(new_log_prob - old_log_prob)
   Clipped ratio: clip(ratio, {low:g}, {high:g})"""
-    answer += f"""    A: the last of step 6. {WHY[6]}
+    answer += f"""    A: step 6's last. {WHY[6]}
     At first the weights are those that generated; the loss is minus the mean of
-    A, about 0, but its gradient is not. Clipped are tokens above {high:g} where A > 0,
+    A, about 0; its gradient is not. Clipped are ratios above {high:g} where A > 0,
     below {low:g} where A < 0: they gain no more, so the update does not chase them.
 
   Update complete!
@@ -1424,9 +1412,9 @@ def effect_page(data, config):
         chances = zip(np.exp(before), np.exp(after))
         columns["chance"] = [f"{old:.2%} -> {new:.2%}" for old, new in chances]
     columns = {head: cells[:4] for head, cells in columns.items()}
-    note = f"""    mean A: of the advantage that acts, over the tokens. What was better than
-    expected became more probable, what was worse less so: that is RLHF, and
-    {np.mean((advantages > 0) == (after > before)):.0%} followed; others share tokens with them.
+    followed = np.mean((advantages > 0) == (after > before))
+    note = f"""    mean A: of the advantage that acts. What was better than expected became
+    more probable, what was worse less so: RLHF. {followed:.0%} did; others share tokens.
 """
     return Group("What the update did", table(columns), note)
 
@@ -1442,8 +1430,8 @@ def response_page(data, config, row):
     columns["ratio"] = [fixed(r) + ("*" if stopped else "") for r, stopped in ratios]
     text = texts_of(data["prompts"], data["responses"], config)[row]
     title = f"Response {row} in all steps: {text}, score {fixed(data['scores'][row])}"
-    note = """    actor, ref: log probabilities; A: the advantage as it acts; ratio: in the last
-    epoch, * if clipped. Value and advantage of what comes after the end are 0.
+    note = """    actor, ref: log probs; A: the advantage that acts; ratio: of the last epoch,
+    * if clipped. Value and advantage of what comes after the end are 0.
 """
     return Group(title, table(columns), note)
 
@@ -1480,8 +1468,7 @@ def training_page(run):
     columns["two responses"] = [run["texts"][end - 1] for end in ends]
     text = f"""=== RLHF Training, {run["label"]} ===
     {config.steps} steps of {config.batch_size} responses; rows are means over stretches of steps.
-    score: of the reward model; KL: nats a response; clipped: tokens that PPO's
-    clip stopped; two responses: of the stretch's last step."""
+    score: of the reward model; KL: nats a response; clipped: share of tokens."""
     if config.readable:
         text += "\n    human: its opinion, 0 to 1, * best; words: share of real ones."
     return Group(text, table(columns, star="human"), "")
@@ -1513,7 +1500,7 @@ def chart_page(runs, width=60, height=9):
 
 def outcome_page(runs):
     """What the trainings came to, words of each, and how near to the best possible."""
-    text, labels = "What came of it", [run["label"] for run in runs]
+    text, labels = "What came of it", {"": [run["label"] for run in runs]}
     if runs[0]["config"].readable:
         text += f"""
     β is the price of KL, of writing unlike the reference, which wrote words:
@@ -1525,11 +1512,10 @@ def outcome_page(runs):
     outcomes = [run["outcome"] for run in runs]
     known = [head for head in METRICS if head.lower() in outcomes[0]]
     means = {head: [of[head.lower()] for of in outcomes] for head in known}
-    theory = {"": labels}
-    for head, name in LIMITS.items():
-        theory[head] = [fixed(of[name], 3, of[f"{name}_error"]) for of in outcomes]
-    note = """    J = score - β * KL is maximised; J before: of the reference; J*: best possible;
-    share: of the way from J before to J*. A dash: β is 0, or chance hides J*.
+    names = "J_start", "J", "J_star", "share"
+    theory = {n: [fixed(o[n], 3, o[f"{n}_error"]) for o in outcomes] for n in names}
+    note = """    J = score - β * KL is maximised; J_start: the reference's, J_star: the best
+    possible; share: of the way between. A dash: β is 0, or chance hides J_star.
 """
     for beta in dict.fromkeys(run["config"].beta for run in runs):
         same = [run["outcome"] for run in runs if run["config"].beta == beta]
@@ -1537,16 +1523,13 @@ def outcome_page(runs):
         gap, noise = high["J"] - low["J"], math.hypot(low["J_error"], high["J_error"])
         than = "more" if gap > 2 * noise else "not more"
         if len(same) > 1:
-            note += f"""    At β {beta:g} advantages differ in J by {gap:.3f} ± {noise:.3f}, {than}
-    than by chance in these responses; another seed would move both.
-"""
-    return Group(text, table({"": labels} | means, "human"), table(theory), note)
+            note += f"    At β {beta:g} advantages differ in J by {gap:.3f} ± {noise:.3f}, "
+            note += f"{than} than chance\n"
+    return Group(text, table(labels | means, "human"), table(labels | theory), note)
 
 
 # ---------------------------------------------------------------- 9. the command line
 
-FILES = {"save": [".npz"], "export": [".svg", ".html", ".txt"]}
-ABOUT = "RLHF with PPO, in real numbers. Without flags: one step of it, shown."
 EXAMPLES = """examples:
   python rlhf_loop_pseudo.py --preset letters --inspect 3
   python rlhf_loop_pseudo.py --preset letters --steps 200 --beta 0 0.05 0.2 1"""
@@ -1554,9 +1537,9 @@ EXAMPLES = """examples:
 
 def make_parser():
     """The flags: one for each field of Config, and those of what is shown and saved."""
-    parser = argparse.ArgumentParser("rlhf_loop_pseudo.py", "%(prog)s [flags]", ABOUT)
+    parser = argparse.ArgumentParser("rlhf_loop_pseudo.py", "%(prog)s [flags]")
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog, parser.allow_abbrev = EXAMPLES, False
+    parser.description, parser.epilog = __doc__.splitlines()[0], EXAMPLES
     groups = "sizes", "algorithm (several beta or advantage: compared)", "output"
     sizes, algorithm, output = map(parser.add_argument_group, groups)
     sizes.add_argument("--preset", choices=PRESETS, help="what to start from (gpt2)")
@@ -1611,21 +1594,19 @@ def meant(name, names):
 
 def refuse(given, configs):
     """Raises ValueError where something cannot be, or would have no effect."""
-    config, gae = configs[0], [config.advantage == "gae" for config in configs]
-    row, rows = given.get("inspect", 0), range(config.batch_size)
-    several = len(configs) > 1
+    config, rows = configs[0], range(configs[0].batch_size)
+    several, by = len(configs) > 1, {config.advantage for config in configs}
     rules = [  # flags, whether they work here, and how they would
-        ("gamma lam", any(gae), "with --advantage gae"),
-        ("group_size", not all(gae), "with --advantage rloo or grpo"),
+        ("gamma lam", "gae" in by, "with --advantage gae"),
+        ("group_size", by != {"gae"}, "with --advantage rloo or grpo"),
         ("preference_pairs", config.readable, "with --preset letters"),
         ("inspect pause", config.steps == 1, "in a walk-through, without --steps"),
-        ("inspect", row in rows, f"with a row from 0 to {rows[-1]}"),
+        ("inspect", given.get("inspect", 0) in rows, f"with a row up to {rows[-1]}"),
         ("pause", sys.stdin and sys.stdin.isatty(), "in a terminal"),
         ("beta advantage", config.steps > several, "with one value, or --steps"),
         ("beta advantage", len(set(configs)) == len(configs), "with each value once"),
-        ("theme", "export" in given, "with --export"),
     ]
-    for name, endings in FILES.items():
+    for name, endings in ("save", [".npz"]), ("export", [".svg", ".html", ".txt"]):
         path, files = given.get(name, Path(f"x{endings[0]}")), " or ".join(endings)
         fits = path.suffix in endings and os.access(path.parent, os.W_OK)
         rules.append((name, fits, f"with a file {files} in a folder to write to"))
@@ -1672,8 +1653,8 @@ def opening_pages(title, configs, arrays):
     """The data flow, and the stages before the loop; returns what init_models takes."""
     critic, config = any(c.advantage == "gae" for c in configs), configs[0]
     yield f"""=== {title} ==={PICTURE if critic else PICTURE_WITHOUT_CRITIC}\
-    The actor writes and learns, the reference is what it was at first. A forward
-    pass computes, for each position, the next token's chances.
+    The actor writes and learns, the reference is as it began. A forward pass
+    computes, for each position, the chances of the next token.
 """
     if not config.readable:
         return ()
