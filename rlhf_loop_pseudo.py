@@ -742,8 +742,8 @@ def train_reward_model(reward_model, prompts, responses, mask, rng):
     """Learn to score as the human chose.
 
     200 Adam updates on 128 pairs each. Then scores are shifted and scaled to mean 0
-    and standard deviation 1 over these responses, if they differ at all. prompts,
-    responses, mask: 2 N rows, from collect_preferences. Returns (reward_model,
+    and standard deviation 1 over these responses, if they differ at all. prompts (2
+    N, P), responses, mask (2 N, T) of collect_preferences. Returns (reward_model,
     losses): a new model with a bias, and (200,). Raises ValueError for shapes that do
     not fit. Source: Stiennon et al. 2020, section 3.4; InstructGPT, section 3.5.
     """
@@ -1206,7 +1206,7 @@ WHY = (  # asked before each step, answered on its page
 )
 LEDGER = {"actor": "old_logprobs", "ref": "ref_logprobs", "KL": "kl"}
 LEDGER |= {"reward": "rewards", "value": "values", "advantage": "advantages"}
-LEDGER |= {"return": "returns", "A": "whitened"}
+LEDGER |= {"A": "whitened"}
 METRICS = {"score": "objective/scores", "human": "objective/human_scores"}
 METRICS |= {"words": "val/words", "KL": "objective/kl"}
 
@@ -1628,7 +1628,7 @@ def source_of(name):
     """A function, in any case, or those of a step, with all that they need to run."""
     docs = {n: str(x.__doc__) for n, x in globals().items() if inspect.isfunction(x)}
     wanted = [known for known in docs if known.lower() == name.lower()]
-    wanted = wanted or [n for n in docs if docs[n].startswith(f"Step {name}.")]
+    wanted = wanted or [n for n in docs if docs[n].startswith(f"Step {name}")]
     if not wanted:
         raise argparse.ArgumentTypeError(f"{name} is no function{meant(name, docs)}")
     found = {}

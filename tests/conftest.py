@@ -256,13 +256,28 @@ class SlowAdam:
 # From here on: what the tests of the screen and of the command line share.
 
 
+def run(*arguments):
+    """The exit code of the command line."""
+    try:
+        return loop.main(list(arguments))
+    except SystemExit as stop:  # of argparse
+        return stop.code
+
+
 def shown(flags, folder, code=0):
     """Run the command line. Returns (what it printed, the arrays that it saved)."""
     path = folder / "arrays.npz"
     with contextlib.redirect_stdout(io.StringIO()) as output:
-        assert loop.main([*flags.split(), "--save", str(path)]) == code
+        assert run(*flags.split(), "--save", str(path)) == code
     with np.load(path) as arrays:
         return output.getvalue(), {name: arrays[name] for name in arrays}
+
+
+def lines_of(view):
+    """What a view shows in a pipe."""
+    console = loop.make_console(file=io.StringIO())
+    console.print(view)
+    return console.file.getvalue().splitlines()
 
 
 class Number(float):

@@ -50,7 +50,7 @@ def train(flags, names, seed, path):
 
 def figures(curves):
     """Means over stretches: the start is the first of them, and the end the last."""
-    human, words, score, kl = (loop.stretch_means(curves[name])[0] for name in CURVES[:4])
+    human, words, score, kl = (loop.stretch_means(curves[name])[1] for name in CURVES[:4])
     return {
         "start": human[0],
         "peak": human.max(),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import rlhf_loop_pseudo as loop
-from conftest import shown
+from conftest import run, shown
 
 TINY = "--vocab-size 12 --batch-size 4 --prompt-length 3 --response-length 5 --width 4"
 COUNTS = "batch-size prompt-length response-length width preference-pairs steps ppo-epochs".split()
@@ -41,7 +41,7 @@ def refused(capsys, monkeypatch):
     def check(flags):
         with monkeypatch.context() as patch:
             patch.setattr(np.random, "default_rng", lambda *_: pytest.fail("work was done"))
-            assert loop.main(flags.split()) == 2
+            assert run(*flags.split()) == 2
         output = capsys.readouterr()
         assert output.out == ""
         *_, last = output.err.splitlines()
@@ -68,9 +68,9 @@ def test_a_bad_value_is_refused_in_one_sentence_that_names_the_flag(flag, refuse
         ("--beta -1", "--beta", "at least 0"),
         ("--lam 2", "--lam", "from 0 to 1"),
         ("--kl-estimator k4", "--kl-estimator", "k1, k2 or k3"),
-        ("--inspect 4", "--inspect", "from 0 to 3"),
+        ("--inspect 4", "--inspect", "row up to 3"),
         ("--save x.npy", "--save", ".npz"),
-        ("--export x.png", "--export", ".svg, .html or .txt"),
+        ("--export x.png", "--export", ".svg or .html or .txt"),
         ("--export /no/such/folder/x.svg", "--export", "folder"),
         ("--beta 0 -1 --steps 2", "--beta", "-1"),
         ("--beta 0 0.1", "--beta", "--steps"),
@@ -86,9 +86,6 @@ def test_a_bad_value_is_refused_in_one_sentence_that_names_the_flag(flag, refuse
         ("--lam 0.9 --advantage rloo grpo --steps 2", "--lam", "gae"),
         ("--group-size 2", "--group-size", "rloo"),
         ("--preference-pairs 9", "--preference-pairs", "letters"),
-        ("--show gae --save x.npz", "--show", "alone"),
-        ("--show gae --inspect 0", "--show", "alone"),
-        ("--theme light", "--theme", "--export"),
         ("--preset letters --prompt-length 2", "--prompt-length", "27"),
         ("--preset letters --response-length 2", "--response-length", "word"),
         ("--vocab-size 999999 --width 999999", "sizes", "memory|bytes"),
@@ -105,7 +102,6 @@ def test_a_refusal_gives_the_reason_that_holds(flags, flag, reason, refused):
     ("flags", "meant"),
     [
         ("--lr 3", "--learning-rate"),
-        ("--batch 3", "--batch-size"),
         ("--batch_size 3", "--batch-size"),
         ("--bata 1", "--beta"),
         ("--group_size=2", "--group-size"),
@@ -126,7 +122,7 @@ def test_what_a_slip_was_meant_to_be(flags, meant, refused):
 def test_functions_are_found_in_any_case_and_by_step(capsys):
     pages = []
     for name in ("gae", "GAE", "6", "5", "shape_rewards"):
-        assert loop.main(["--show", name]) == 0
+        assert run("--show", name) == 0
         pages.append(capsys.readouterr().out)
     assert pages[0] == pages[1]
     for name in "critic_values gae rloo_advantages grpo_advantages whiten".split():
@@ -152,10 +148,8 @@ def test_to_pause_somebody_must_be_there(refused, monkeypatch):
 
 
 def test_a_flag_that_has_an_effect_on_one_run_is_allowed(capsys):
-    assert (
-        loop.main(f"{TINY} --steps 2 --gamma 0.9 --group-size 2 --advantage gae rloo".split()) == 0
-    )
-    assert loop.main(f"{TINY} --advantage grpo --group-size 2 --inspect 3".split()) == 0
+    assert run(*f"{TINY} --steps 2 --gamma 0.9 --group-size 2 --advantage gae rloo".split()) == 0
+    assert run(*f"{TINY} --advantage grpo --group-size 2 --inspect 3".split()) == 0
 
 
 def settings_of(flags, folder):
@@ -200,14 +194,14 @@ def test_what_fits_depends_on_the_memory(refused, monkeypatch):
 
     machine(100)
     assert "sizes" in refused("--inspect 0")  # the default logits alone take 103 MB
-    assert loop.main(TINY.split()) == 0
+    assert run(*TINY.split()) == 0
     machine(10**6)
-    assert loop.main("--vocab-size 4000 --response-length 9 --steps 2".split()) == 0
+    assert run(*"--vocab-size 4000 --response-length 9 --steps 2".split()) == 0
 
 
 def test_help_has_every_flag_and_no_other_programs_names(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    assert loop.main(["--help"]) == 0
+    assert run("--help") == 0
     text = capsys.readouterr().out
     fields = {
         "--" + name.replace("_", "-"): f for name, f in loop.Config.__dataclass_fields__.items()

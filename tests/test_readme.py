@@ -52,9 +52,8 @@ def test_it_is_short():
 
 @pytest.mark.parametrize("command", SCRIPT_COMMANDS)
 def test_every_command_is_accepted(command):
-    given, configs = loop.read_command_line(shlex.split(command.rstrip(" ."))[1:])
+    _, configs = loop.read_command_line(shlex.split(command.rstrip(" ."))[1:])
     assert configs
-    assert "show" not in given or loop.functions_named(given["show"])
 
 
 def test_every_flag_and_file_that_is_named_exists():
@@ -108,7 +107,7 @@ def test_every_function_of_the_table_is_one():
     table = README.split("| step | function |")[1].split("\n\n")[0]
     names = re.findall(r"`(\w+)`", table)
     assert len(names) > 15
-    assert all(loop.functions_named(name) == [name] for name in names)
+    assert all(callable(getattr(loop, name)) for name in names)
 
 
 def test_twelve_words_at_most():

@@ -154,14 +154,6 @@ def test_pasted_functions_with_their_helpers_give_the_same_numbers(capsys):
     np.testing.assert_equal(*stages)
 
 
-def test_the_list_names_every_public_function_with_its_first_line(capsys):
-    lines = [line.split(None, 1) for line in show("", capsys).splitlines() if line]
-    names = [name for name, _ in lines]
-    assert names == [name for name in FUNCTIONS if name in names]
-    assert set(names) >= set(ANCHORED)
-    assert all(first == getattr(loop, name).__doc__.splitlines()[0] for name, first in lines)
-
-
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_docstrings_say_what_a_reader_needs(name):
     function = getattr(loop, name)

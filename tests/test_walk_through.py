@@ -3,7 +3,6 @@
 Views are given small arrays of distinct numbers; all else is read from what --save wrote.
 """
 
-import io
 import json
 import re
 from dataclasses import replace
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 
 import rlhf_loop_pseudo as loop
-from conftest import after, numbers, rounds, shown
+from conftest import after, lines_of, numbers, rounds, shown
 from record import same_as_recorded
 
 PROMISED = """\
@@ -65,16 +64,9 @@ def walk(tmp_path_factory):
     return shown("--inspect 2", tmp_path_factory.mktemp("walk"))
 
 
-def text_of(view):
-    """What a view shows in a pipe."""
-    console = loop.make_console(file=io.StringIO())
-    console.print(view)
-    return console.file.getvalue()
-
-
 def cells(view):
     """The words of each of its lines."""
-    return [line.split() for line in text_of(view).splitlines()]
+    return [line.split() for line in lines_of(view)]
 
 
 def test_transcript_of_the_walk_through(walk):
@@ -103,23 +95,22 @@ def test_the_promised_lines_in_their_order_with_the_numbers_of_the_arrays(walk):
 def test_a_figure_that_stands_twice_is_the_same(walk):
     text, data = walk
     rows = [line.split() for line in text.splitlines()]
-    totals = numbers(after(text, "Total rewards:"))
-    effect = [row for row in rows if len(row) == 6 and row[0] in "0123"]
-    assert [float(row[1]) for row in effect] == totals
+    effect = rows[-[row[:1] for row in rows[::-1]].index(["response"]) :][:4]
+    assert [float(row[-5]) for row in effect] == numbers(after(text, "Total rewards:"))
     assert numbers(after(text, "Mean KL:"))[0] in numbers(
         text.split("Exact KL")[1].split("Step 5")[0]
     )
     last = [row for row in rows if row[:1] == ["4"] and ".." in row][-1]
     for place, owner in ((-2, "Actor loss:"), (-1, "Critic loss:")):
         assert abs(float(last[place]) - numbers(after(text, owner))[0]) <= 0.00056
-    tokens = [row[1:2] for row in rows if len(row) == 12 and row[0].isdigit()]
+    tokens = [row[1:2] for row in rows if len(row) == 10 and row[0].isdigit()]
     assert tokens == [[str(token)] for token in data["responses"][2][data["mask"][2] != 0]]
 
 
 def test_what_is_saved(walk):
     data, config = dict(walk[1]), loop.Config()
     assert loop.Config(**json.loads(str(data.pop("config")))) == config
-    wide = "old_logprobs ref_logprobs kl k1 k2 k3 exact_kl rewards values td_errors advantages"
+    wide = "old_logprobs ref_logprobs kl k1 k2 k3 exact_kl rewards values advantages"
     wide = f"{wide} returns whitened new_logprobs mask responses".split()
     shapes = dict.fromkeys(wide, (4, 128)) | {"prompts": (4, 64), "scores": (4,), "lr": ()}
     shapes |= {
@@ -159,7 +150,7 @@ def by_hand(config):
     def wide(scale):
         return np.array([[scale * next(count) for _ in range(4)] for _ in range(2)]) * mask
 
-    names = "ref_logprobs kl k2 k3 exact_kl rewards values td_errors advantages returns whitened"
+    names = "ref_logprobs kl k2 k3 exact_kl rewards values advantages returns whitened"
     data = {name: wide(0.0625) for name in names.split()}
     eos = config.vocab_size - 1
     return data | {
@@ -181,10 +172,11 @@ def by_hand(config):
 
 
 def pages_of(data, config):
-    """The lines, in words, of each of the seven pages; each after its question."""
-    views = list(loop.step_pages(data, config))
-    assert all(question in text_of(view) for question, view in zip(views[::2], views[1::2]))
-    return [cells(view if not isinstance(view, str) else loop.page(view)) for view in views[1::2]]
+    """The lines, in words, of each of the seven pages, which answer the seven questions."""
+    pages = [cells(page) for page in loop.step_pages(data, config)]
+    for question, page in zip(loop.WHY, pages, strict=True):
+        assert any(question in " ".join(line) for line in page)
+    return pages
 
 
 def holds(page, *figures):
@@ -229,52 +221,52 @@ def test_each_figure_of_the_steps_is_at_its_place():
 @pytest.mark.parametrize("method", ["rloo", "grpo"])
 def test_without_a_critic_a_group_is_compared(method):
     config = replace(NUMBERS, group_size=2, advantage=method)
-    data = {n: x for n, x in by_hand(config).items() if n not in ("values", "td_errors", "returns")}
+    data = {n: x for n, x in by_hand(config).items() if n not in ("values", "returns")}
     data |= {"rewards": np.array([[0, 0, 1.5, 0], [0, -0.25, 0, 0]]), "critic_loss": np.array([])}
     data["advantages"] = np.array([[1.75], [-1.75]]) * data["mask"]
     *_, six, seven = pages_of(data, config)
     assert holds(six, 1.5, -0.25)
     assert holds(six, 1.75, -1.75)
-    by_formula = (1.5, -0.25, 1.75) if method == "rloo" else (0.875, 1.75 / 2**0.5, 1.75)
-    assert holds(six, *by_formula)
     assert holds(six, 2, 4, *data["whitened"][0, :3]) == (method == "rloo")
     assert ["2", "0.500", "..", "1.500", "40.0%", "-0.0625"] in seven
-    models = loop.init_models(config, np.random.default_rng(0))
-    shown = [
-        cells(loop.response_page(data, config, 0)),
-        cells(loop.effect_page(data, models, config)),
-    ]
-    assert holds(shown[1], 7, 4)
-    lines = seven + six + shown[0] + shown[1]
-    assert not any(re.search("critic loss|GAE|values?:", " ".join(line), re.I) for line in lines)
+    rest = cells(loop.response_page(data, config, 0)) + cells(loop.effect_page(data, config))
+    heads = [line for line in rest if line[:1] == ["t"]]
+    assert not any("value" in line for line in heads)
+    pages = [" ".join(line) for line in six + seven + rest]
+    assert not any(re.search("critic loss|GAE|values?:", line, re.I) for line in pages)
+
+
+def test_whitened_advantages_of_a_response_of_one_token_are_the_first():
+    config = replace(NUMBERS, group_size=2, advantage="rloo")
+    data = by_hand(config)
+    data["advantages"] = np.array([[1.75, 0, 0, 0], [-1.75, 0, 0, 0]])
+    assert holds(pages_of(data, config)[5], 1.75, -1.75)
 
 
 def test_what_the_update_did():
     config, names = LETTERS, ["0.62", "1.50", "-0.88", "-0.62", "0.25", "41.69%", "->", "53.53%"]
     data = by_hand(config) | {"rewards": np.array([[0.125, 0, 0.5, 0], [0, -0.0001, 0, 0]])}
     data["whitened"] = np.array([[1, 2, 1.5, 9], [-0.25, -0.75, 9, 9]]) * data["mask"]
-    models = loop.init_models(config, np.random.default_rng(0))
-    lines = cells(loop.effect_page(data, models, config))
+    lines = cells(loop.effect_page(data, config))
     first, second = (
         ["cat.", *names],
         ["do.", *"0.00 -0.50 -2.25 -2.50 -0.25 10.54% -> 8.21%".split()],
     )
     assert lines.index(second) == lines.index(first) + 1  # responses in their order
     assert holds(lines, 100)  # percent of the responses whose probability went as A says
-    assert holds(lines, 12, 8)  # passes: 8 in the epochs, one of the critic, three before
-    assert holds(lines, 0.0187)  # MB of float32 in (27 * 32 * 2 + 32 * 32) + (27 * 32 + 32 * 33)
     opposite = data | {"whitened": abs(data["whitened"])}
-    assert holds(cells(loop.effect_page(opposite, models, config)), 50)
-    lines = cells(loop.effect_page(data, models, NUMBERS))
-    assert ["0", *names[:5]] in lines
-    assert ["1", *second[1:6]] in lines
+    assert holds(cells(loop.effect_page(opposite, config)), 50)
+    lines = cells(loop.effect_page(data, NUMBERS))
+    assert ["[0,", "19,", "…,", "26]", *names[:5]] in lines
+    long = data | {"responses": np.full((2, 20), 1)}
+    assert ["cbbbbbbbbb…", *names] in cells(loop.effect_page(long, config))
 
 
 @pytest.mark.parametrize(("config", "token", "row"), [(LETTERS, "t", 0), (NUMBERS, "19", 0)])
 def test_a_response_token_by_token(config, token, row):
     data = by_hand(config)
     lines = cells(loop.response_page(data, config, row))
-    names = "old_logprobs ref_logprobs kl rewards values td_errors advantages returns whitened"
+    names = "old_logprobs ref_logprobs kl rewards values advantages whitened"
     wanted = [data[name][row, 1] for name in names.split()]
     rows = [line for line in lines if line[:1] in (["0"], ["1"], ["2"], ["3"])]
     assert [line[0] for line in rows] == ["0", "1", "2"]  # not the padding
@@ -286,7 +278,7 @@ def test_a_response_token_by_token(config, token, row):
 
 def test_a_response_of_another_row():
     data = by_hand(LETTERS)
-    rows = [line for line in cells(loop.response_page(data, LETTERS, 1)) if len(line) == 12][-2:]
+    rows = [line for line in cells(loop.response_page(data, LETTERS, 1)) if len(line) == 10][-2:]
     assert [line[1] for line in rows] == ["o", "."]
     assert [line[-1] for line in rows] == ["1.25*", "1.50"]
     assert holds(rows, 0, -1.5, data["ref_logprobs"][1, 0], data["kl"][1, 0], data["rewards"][1, 0])
@@ -302,7 +294,6 @@ def test_the_stages_before_the_loop():
         "preferences/human": np.array([0.25, 0.5, 0.75, 0.125, 0.375, 0.625]),
         "preferences/scores": np.array([1.5, -0.001, 2.5, -1.25, -0.75, 0.5]),
         "preferences/accuracy": 0.75,
-        "preferences/human_accuracy": 0.875,
         "preferences/losses": np.r_[np.full(20, 0.5), np.full(160, 9), np.full(20, 0.25)],
         "fine_tuning/losses": np.r_[3.25, np.full(379, 9), np.full(20, 0.5)],
         "fine_tuning/best_loss": 0.375,
@@ -315,7 +306,7 @@ def test_the_stages_before_the_loop():
     assert holds(lines, 62.5)
     assert holds(lines, loop.Config.preference_pairs)
     assert holds(lines, 0.5, 0.25)
-    assert holds(lines, 75, 25, 87.5)  # right of three pairs, their standard error, the human
+    assert holds(lines, 75, 25)  # percent right of three pairs, and their standard error
     assert ["czz.", "dzz.", "bzz.", "hzz."] in lines
     assert ["cat.", "dog.", "bee.", "hen.", "cow.", "ant."] in lines
     pairs = [("cat.", "0.25", "1.50"), ("hen.", "0.12", "-1.25"), ("dog.", "0.50", "0.00")]
