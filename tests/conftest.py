@@ -187,8 +187,7 @@ def slow_grpo(rewards, mask, size):
     """Against the mean of the group, in its standard deviations."""
 
     def judge(own, others):
-        deviation = statistics.stdev([own, *others])
-        return (own - statistics.fmean([own, *others])) / (deviation + 1e-6)
+        return (own - statistics.fmean([own, *others])) / (statistics.stdev([own, *others]) + 1e-6)
 
     return slow_groups(rewards, mask, size, judge)
 
@@ -237,6 +236,17 @@ def slow_human(word):
         return 0.0
     vowels = sum(letter in "aeiou" for letter in word) / len(word)
     return (1 - abs(2 * vowels - 1)) * len(set(word)) / len(word)
+
+
+def texts_of(*texts):
+    """Prompts and the real tokens of their responses, as strings, the end token included."""
+    return ["".join(loop.LETTERS[t] for t in [*p, *r[m != 0]]) for p, r, m in zip(*texts)]
+
+
+def least_loss(words):
+    """Nats a token of who knows these words: each is one of those that begin like it."""
+    initials = [word[0] for word in words]
+    return sum(math.log(initials.count(first)) for first in initials) / sum(map(len, words))
 
 
 class SlowAdam:
