@@ -36,7 +36,7 @@ try:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     loop = importlib.import_module("rlhf_loop_pseudo")
 
-    from conventions import CLIPS, KNOWN, MISTAKES, SMALL, Convention, reordered, scaled
+    from conventions import CLIPS, KNOWN, MISTAKES, SMALL, Convention, probe, reordered, scaled
 except (ModuleNotFoundError, SystemExit) as missing:
     print(f"compare.py: {missing}", file=sys.stderr)
     sys.exit(2)
@@ -44,18 +44,15 @@ except (ModuleNotFoundError, SystemExit) as missing:
 
 def logprobs(logits, labels):
     """Log probabilities of labels (B, T), each under its own logits (B, T, V)."""
-    shifted = logits - logits.max(axis=-1, keepdims=True)
-    log_softmax = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
-    return np.take_along_axis(log_softmax, labels[..., None], axis=-1)[..., 0]
+    return np.take_along_axis(loop.log_softmax(logits), labels[..., None], axis=-1)[..., 0]
 
 
 def clipped_value_loss(values, old_values, returns, mask, clip):
     """The mean of the larger of two squared errors: the value's, and that of it clipped."""
     clipped = values.clip(old_values - clip, old_values + clip)
-    error, clipped_error = (np.where(mask, x - returns, 0) for x in (values, clipped))
-    n = np.count_nonzero(mask)
-    loss = np.maximum(error**2, clipped_error**2).sum() / n
-    return loss, np.where(error**2 >= clipped_error**2, 2 * error, 0) / n
+    worse = np.where(abs(values - returns) >= abs(clipped - returns), values, clipped)
+    loss, d_values = loop.value_loss(worse, returns, mask)
+    return loss, np.where(worse == values, d_values, 0)
 
 
 def two_updates(adam_step):
@@ -529,19 +526,18 @@ class Comparison:
 
     def clips(self):
         """The clips that yours shows when asked for numbers far beyond any limit."""
-        for words, arguments_at, change, usual in CLIPS.get(self.name, []):
-            low, high = (self.first_number(arguments_at(x)) for x in (-1000, 1000))
+        for words, estimator, change, usual in CLIPS.get(self.name, []):
+            low, high = (self.first_number(probe(x, estimator)) for x in (-1000, 1000))
             low = -low if low == high else low  # k3 is positive on both sides
-            if low > -1000 or high < 1000:
+            if min(abs(low), abs(high)) < 900:
                 limits = f"+-{high:g}" if low == -high else f"[{low:g}, {high:g}]"
                 who = f", as in {usual}" if usual and limits == "+-10" else ""
                 change = partial(change, limits=(low, high))
                 yield Convention(f"{words} clipped to {limits}{who}", change)
 
-    def first_number(self, arguments):
-        """The first of yours for one row of one token; for a loss its log ratio."""
-        arguments = [np.array(x, float) if isinstance(x, list) else x for x in arguments]
-        case = Case(dict(zip(self.kinds, arguments)), self.kinds, self.way.dtypes[0])
+    def first_number(self, given):
+        """The first of yours; for a loss of one token its log ratio."""
+        case = Case({name: given[name] for name in self.kinds}, self.kinds, self.way.dtypes[0])
         number = np.append(self.ask(case).found.get(self.results[0], []), np.nan)[0]
         return np.round(np.log(abs(number)) if self.name == "ppo_loss" else number, 4)
 

@@ -60,8 +60,10 @@ def score_after_end(ours, given, kl_at_padding):
     return {"rewards": rewards}
 
 
-def clipped_scores(ours, given, limits):
-    return ours(given | {"scores": given["scores"].clip(*limits)})
+def clipped(ours, given, limits, name, center=None):
+    """An argument within limits, around another one if there is a center."""
+    low, high = (given.get(center, 0) + limit for limit in limits)
+    return ours(given | {name: given[name].clip(low, high)})
 
 
 def clipped_kl(ours, given, limits, estimators=("k1", "k2", "k3")):
@@ -69,21 +71,14 @@ def clipped_kl(ours, given, limits, estimators=("k1", "k2", "k3")):
     return {"kl": kl.clip(*limits) if given["estimator"] in estimators else kl}
 
 
-def clipped_difference(ours, given, limits):
-    difference = (given["logprobs"] - given["ref_logprobs"]).clip(*limits)
-    return ours(given | {"logprobs": difference, "ref_logprobs": 0 * difference})
-
-
 def clipped_log_ratio(ours, given, limits=(-math.inf, math.inf), highest=math.inf):
     """The log ratio within limits, and where A < 0 a loss of at most highest * -A."""
     log_ratio = np.where(given["mask"], given["new_logprobs"] - given["old_logprobs"], 0)
     inside = log_ratio.clip(*limits)
     used = np.where(given["advantages"] < 0, inside.clip(None, math.log(highest)), inside)
-    zeros = {"old_logprobs": 0 * used}
-    results = ours(given | zeros | {"new_logprobs": used})
-    ratio = ours(given | zeros | {"new_logprobs": inside})["ratio"]
+    results = ours(given | {"new_logprobs": used, "old_logprobs": 0 * used})
     d_loss = np.where(used == log_ratio, results["d_new_logprobs"], 0)
-    return results | {"d_new_logprobs": d_loss, "ratio": ratio}
+    return results | {"d_new_logprobs": d_loss, "ratio": np.exp(inside) * (given["mask"] > 0)}
 
 
 def scaled(ours, given, factor):
@@ -93,19 +88,18 @@ def scaled(ours, given, factor):
 
 def per_response(ours, given, total):
     """The mean (or total) over the tokens of each response, then the mean over responses."""
-    answers = []
-    for row in range(len(given["mask"])):
-        one = {name: x[row : row + 1] if np.ndim(x) else x for name, x in given.items()}
-        weight = np.count_nonzero(one["mask"]) if total else 1
-        answers.append(scaled(ours, one, weight / len(given["mask"])))
-    results = {name: [answer[name] for answer in answers] for name in answers[0]}
-    return {name: sum(x) if name == "loss" else np.concatenate(x) for name, x in results.items()}
+    masks = given["mask"] * np.eye(len(given["mask"]))[..., None]  # of one response each
+    masks = masks[masks.any(axis=(1, 2))]
+    weights = masks.sum(axis=(1, 2)) if total else np.ones(len(masks))
+    answers = [scaled(ours, given | {"mask": x}, w / len(masks)) for x, w in zip(masks, weights)]
+    return {name: sum(answer[name] for answer in answers) for name in answers[0]}
 
 
 def without_mask(ours, given):
     mask = given["mask"]
     results = ours(given | {"mask": np.ones_like(mask)})
-    return results and {x: y * (mask > 0) if y.ndim == 2 else y for x, y in results.items()}
+    by_token = [x for x in results or () if np.ndim(results[x]) == 2 and "[" not in x]
+    return results and results | {x: results[x] * (mask > 0) for x in by_token}
 
 
 def reordered(ours, given, order):
@@ -113,15 +107,17 @@ def reordered(ours, given, order):
     return results and dict(zip(results, (results[name] for name in order)))
 
 
-def pair(x, estimator):
-    """The arguments of kl_penalty for one token with a log ratio of x."""
-    return [[min(x, 0)]], [[min(-x, 0)]], estimator
+def probe(x, estimator):
+    """Arguments by name for one row of one token: a score and a log ratio far out at x."""
+    one, new, old = np.array([[[1.0]], [[min(x, 0)]], [[min(-x, 0)]]])
+    given = {"scores": x * one[0], "kl": 0 * one, "mask": one, "beta": 1.0, "clip": 0.2}
+    given |= {"logprobs": new, "ref_logprobs": old, "estimator": estimator}
+    return given | {"new_logprobs": new, "old_logprobs": old, "advantages": -np.sign(x) * one}
 
 
 PAST = "one value kept past the end"
 AFTER = "the score on the position after the last token where there is one, as in TRL"
 INSIDE = "advantages whitened inside, as in verl"
-WITHIN = "log ratios within +-20, as in OpenRLHF and verl"
 LEFT_OUT = f"deviations below {LITTLE} are left out"
 SMALL = f"deviations below {LITTLE}, where epsilons and rounding show"
 BY_N = f"a variance divided by n, as in {{}}; {LEFT_OUT}"
@@ -147,23 +143,24 @@ KNOWN = {  # the words, the change and what it needs; in a pair the first is ins
     "whiten": [(SMALL, whitened, {"ddof": 1}), (BY_N.format("OpenRLHF"), whitened, {"ddof": 0})],
     "ppo_loss": [
         ("a second clip at 3 where A < 0, as in verl", clipped_log_ratio, {"highest": 3}),
-        (WITHIN, clipped_log_ratio, {"limits": (-20, 20)}),
+        (
+            "log ratios within +-20, as in OpenRLHF and verl",
+            clipped_log_ratio,
+            {"limits": (-20, 20)},
+        ),
         *PER_RESPONSE,
     ],
     "value_loss": PER_RESPONSE,
     "clipped_value_loss": PER_RESPONSE,
 }
-ONLY_K3 = partial(clipped_kl, estimators=["k3"])
-CLIPS = {  # what is clipped, arguments far beyond the limits, the change, who has +-10
-    "shape_rewards": [("scores", lambda x: ([x], [[0]], [[1]], 1.0), clipped_scores, "OpenRLHF")],
+CLIPS = {  # what is clipped, the estimator to ask for, the change, who has +-10
+    "shape_rewards": [("scores", None, partial(clipped, name="scores"), "OpenRLHF")],
     "kl_penalty": [
-        ("k3", lambda x: pair(-1000, "k3"), ONLY_K3, "verl"),
-        ("estimates", lambda x: pair(x, "k1"), clipped_kl, "OpenRLHF"),
-        ("log ratios", lambda x: pair(x, "k1"), clipped_difference, ""),
+        ("k3", "k3", partial(clipped_kl, estimators=["k3"]), "verl"),
+        ("estimates", "k1", clipped_kl, "OpenRLHF"),
+        ("log ratios", "k1", partial(clipped, name="logprobs", center="ref_logprobs"), ""),
     ],
-    "ppo_loss": [
-        ("log ratios", lambda x: (*pair(x, [[-np.sign(x)]]), [[1]], 0.2), clipped_log_ratio, ""),
-    ],
+    "ppo_loss": [("log ratios", None, clipped_log_ratio, "")],
 }
 ALL_POSITIONS = "yours divides by the number of all positions, padding included"
 MISTAKES = [  # no conventions; said where one explains all differences
