@@ -16,18 +16,21 @@ code: 0 where all agree, 1 where one differs, 2 where nothing can be compared.
 """
 
 import argparse
-import importlib.util
+import importlib
 import inspect
 import itertools
 import math
+import runpy
 import sys
 import textwrap
 import traceback
 import warnings
 from collections import Counter
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cached_property, partial, reduce
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 try:
@@ -129,90 +132,79 @@ class Case:
 
     @cached_property
     def real(self):
-        """Where real tokens are, (B, T) bool; None where the function has no mask."""
-        return self.arguments["mask"] > 0 if "mask" in self.arguments else None
+        """Where real tokens are, (B, T) bool; all are where the function has no mask."""
+        return np.array(self.arguments.get("mask", [[1]])) > 0
 
     def arrays(self):
-        """(argument, key in it or None, array)."""
+        """(argument, array), the parts of a model one by one."""
         for name, x in self.arguments.items():
-            if isinstance(x, dict):
-                yield from ((name, key, part) for key, part in x.items())
-            elif isinstance(x, np.ndarray):
-                yield name, None, x
+            parts = x.values() if isinstance(x, dict) else [x]
+            yield from ((name, part) for part in parts if isinstance(part, np.ndarray))
 
     @cached_property
     def largest(self):
         """The largest number, at least 1; what stands at padding does not count."""
-        return max(1, *(finite_maximum(x) for _, _, x in self.at_padding(0).arrays()))
+        return max(1, *(finite_maximum(x) for _, x in self.at_padding(0).arrays()))
 
     def but(self, **arguments):
-        """The case with other arguments."""
         return replace(self, arguments=self.arguments | arguments)
+
+    def named(self, kinds):
+        """The arguments of some kinds."""
+        return {name: x for name, x in self.arguments.items() if self.kinds[name] in kinds}
 
     def at_padding(self, junk):
         """The case with junk, a number or an array, at padding."""
-        if self.real is None:
-            return self
-        concerned = [name for name, kind in self.kinds.items() if kind in FLOATS_BY_TOKEN]
-        return self.but(**{x: np.where(self.real, self.arguments[x], junk) for x in concerned})
+        concerned = self.named(FLOATS_BY_TOKEN)
+        return self.but(**{name: np.where(self.real, x, junk) for name, x in concerned.items()})
 
     def size(self, axis, kinds):
-        """The length of an axis of the arguments of some kinds."""
-        sizes = (x.shape[axis] for name, x in self.arguments.items() if self.kinds[name] in kinds)
-        return next(sizes, 0)
-
-    def cut(self, axis, kinds, places):
-        """The case without places of an axis of the arguments of some kinds."""
-        concerned = {name: x for name, x in self.arguments.items() if self.kinds[name] in kinds}
-        return self.but(**{name: np.delete(x, places, axis) for name, x in concerned.items()})
+        return max((x.shape[axis] for x in self.named(kinds).values()), default=0)
 
     def simpler(self):
         """Cases that are one step smaller or simpler, the largest steps first."""
         if self.dtype == "float32":
             yield replace(self, dtype="float64")
-        rows, group = self.size(0, BY_ROW), self.arguments.get("group_size", 1)
-        units = [range(first, first + group) for first in range(0, rows, group)]
+        rows = np.arange(self.size(0, BY_ROW)).reshape(-1, self.arguments.get("group_size", 1))
         if "pair_mask" in self.kinds.values():
-            units = [[row, row + rows // 2] for row in range(rows // 2)]
-        yield from (self.cut(0, BY_ROW, unit) for unit in units if len(units) > 1)
-        for member in range(group if group > 2 else 0):
-            smaller = self.cut(0, BY_ROW, range(member, rows, group))
-            yield smaller.but(group_size=group - 1)
-        for kinds in (BY_TOKEN, ["prompts"]):
-            length = self.size(1, kinds)
-            yield from (self.cut(1, kinds, place) for place in range(length) if length > 1)
-        yield from self.simpler_numbers()
-
-    def simpler_numbers(self):
+            rows = rows.reshape(2, -1).T
+        tokens, prompt = (range(self.size(1, kinds)) for kinds in (BY_TOKEN, ["prompts"]))
+        for axis, kinds, units in (
+            (0, BY_ROW, rows),
+            (1, BY_TOKEN, tokens),
+            (1, "prompts", prompt),
+        ):
+            for unit in units if len(units) > 1 else ():
+                smaller = {name: np.delete(x, unit, axis) for name, x in self.named(kinds).items()}
+                yield self.but(**smaller)
         for name, kind in self.kinds.items():
             options = CHOICES.get(kind, [])
             yield from (self.but(**{name: x}) for x in before(self.arguments[name], options))
-        for name, key, array in self.arrays():
-            for x in simpler_arrays(array, self.kinds[name]):
-                yield self.but(**{name: x if key is None else self.arguments[name] | {key: x}})
+        for i, (name, array) in enumerate(self.arrays()):
+            for place, number in simpler_numbers(array, self.kinds[name]):
+                simpler = self.but(**deepcopy(self.arguments))
+                list(simpler.arrays())[i][1][place] = number
+                yield simpler
 
     @property
     def complexity(self):
         """What the smallest input has least of: numbers, padding, numbers that are not 0."""
-        arrays = [x for name, _, x in self.arrays() if name != "mask"]
-        padding = 0 if self.real is None else np.count_nonzero(~self.real)
-        numbers = sum(x.size for x in arrays)
+        arrays = [x for name, x in self.arrays() if name != "mask"]
+        numbers, padding = sum(x.size for x in arrays), np.count_nonzero(~self.real)
         return self.size(0, BY_ROW), numbers, padding, sum(map(np.count_nonzero, arrays))
 
     @property
     def valid(self):
         """Whether real tokens are finite, and no padding stands before them."""
-        finite = all(np.isfinite(x).all() for _, _, x in self.at_padding(0).arrays())
-        return finite and (self.real is None or self.real[:, 0].all())
+        finite = all(np.isfinite(x).all() for _, x in self.at_padding(0).arrays())
+        return finite and self.real[:, 0].all()
 
     def facts(self):
         """What all cases that differ may have in common, by what to say then."""
-        padded = self.real is not None and not self.real.all()
-        without_junk = zip(self.arrays(), self.at_padding(0).arrays())
-        junk = any((x != y).any() for (_, _, x), (_, _, y) in without_junk)
+        junk = not same(self.arguments, self.at_padding(0).arguments)
         facts = {
             "with 0 at padding they agree: yours reads what stands there": junk,
-            "without padding they agree: yours counts it in": padded,
+            "without padding they agree: yours counts it in": not self.real.all(),
             "with up to five tokens they agree": self.size(1, BY_TOKEN) > 5,
             "in float64 they agree": self.dtype != "float64",
             "with numbers below 30 they agree": self.largest >= 30,
@@ -232,19 +224,16 @@ def before(value, options):
     return itertools.takewhile(lambda option: option != value, options)
 
 
-def simpler_arrays(array, kind):
-    """The array with one number simpler, or first of all with only 0s."""
+def simpler_numbers(array, kind):
+    """(place, simpler number); first of all 0 everywhere."""
     if array.any() and not kind.endswith("mask"):
-        yield np.zeros_like(array)
+        yield ..., 0
     for place in np.ndindex(array.shape):
         value = array[place]
         pool = [-abs(x) for x in SIMPLE] if kind == "logprobs" else SIMPLE
         pool = [1] if kind.endswith("mask") else range(value) if array.dtype.kind == "i" else pool
         others = [np.nan] if np.isinf(value) else [np.round(value)] * bool(np.isfinite(value))
-        for number in before(value, [*pool, *others]):
-            simpler = array.copy()
-            simpler[place] = number
-            yield simpler
+        yield from ((place, number) for number in before(value, [*pool, *others]))
 
 
 def random_case(rng, kinds, way):
@@ -402,7 +391,7 @@ def compare(case, expected, answer, tolerance):
             return Outcome("shape", f"{part}: ours has the shape {a.shape}, yours {b.shape}", part)
         error = np.where((a == b) | (np.isnan(a) & np.isnan(b)), 0, np.abs(a - b) / scale)
         error = np.where(np.isnan(error), math.inf, error)
-        if real is not None and a.shape == real.shape and not part.startswith(("d_", "grad")):
+        if a.shape == real.shape and not part.startswith(("d_", "grad")):
             padding |= bool((error[~real] > limit).any())
             error = np.where(real | (a != 0), error, 0)  # but a gradient there would be learnt
         worst = max(worst, error.max(initial=0))
@@ -594,22 +583,18 @@ class Comparison:
     def add_example(self, title, conventions, pairs, outcomes, remarks):
         """Keep the smallest input on which they differ."""
 
-        def kind_of(case):
-            try:
-                return self.compare_all(conventions, [(case, self.ask(case))])[0].kind
-            except ValueError:
-                return None  # ours refuses it
+        def fits(case):
+            valid = case.valid and case.dtype in self.way.dtypes
+            return valid and self.compare_all(conventions, [(case, self.ask(case))])[0].kind == kind
 
-        def shrink(case, kind):
-            for smaller in case.simpler():
-                if smaller.valid and smaller.dtype in self.way.dtypes and kind_of(smaller) == kind:
-                    return shrink(smaller, kind)
-            return case
+        def shrink(case):
+            smaller = next(filter(fits, case.simpler()), None)
+            return shrink(smaller) if smaller else case
 
         differing = [(case, x.kind) for (case, _), x in zip(pairs, outcomes) if x.kind]
         differing.sort(key=lambda x: (KINDS.index(x[1]), x[0].largest > 10, x[0].complexity))
         kind = differing[0][1]
-        found = [shrink(case, kind) for case, other in differing[:3] if other == kind]
+        found = [shrink(case) for case, other in differing[:3] if other == kind]
         case = min(found, key=lambda case: case.complexity)
         (outcome,) = self.compare_all(conventions, [(case, self.ask(case))])
         title = title.format(outcome.part or "answer")
@@ -642,7 +627,7 @@ class Comparison:
     def ask_more(self, conventions, cases):
         """Ask of a function that agrees what counts with --strict only."""
         rng = np.random.default_rng(0)
-        padded = [x for x in cases if x.real is not None and not x.real.all()][:100]
+        padded = [x for x in cases if not x.real.all()][:100]
         junk, holed = [], []
         for case in padded:
             junk.append(case.at_padding(rng.choice([np.nan, np.inf, -np.inf], case.real.shape)))
@@ -744,32 +729,23 @@ def lines_of(x, width):
 # ------------------------------------------------------------------ the command line
 
 
-def load(path):
-    """Import a file; it may import the files beside it. Raises ValueError with a sentence."""
-    sys.path.insert(0, str(path.resolve().parent))
-    try:
-        spec = importlib.util.spec_from_file_location("yours", path)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules["yours"] = module  # a dataclass looks for its module there
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as problem:
-        raise ValueError(f"{path} cannot be imported: {last_line(problem)}") from None
-    return module
-
-
 def look_up(module, name):
     """The function of a name such as PPO.advantages; a method is taken from PPO()."""
     *owners, last = name.split(".")
-    owner = reduce(getattr, owners, module)
+    owner = reduce(getattr, owners, SimpleNamespace(**module))
     if isinstance(owner, type) and inspect.isfunction(inspect.getattr_static(owner, last)):
         owner = owner()
     return getattr(owner, last)
 
 
 def find_functions(path, pairs):
-    """What can be compared. Raises ValueError with a sentence."""
-    module = load(path)
-    found = {name: getattr(module, name) for name in COMPARED if hasattr(module, name)}
+    """What can be compared; your file may import those beside it. Raises ValueError in words."""
+    sys.path.insert(0, str(path.resolve().parent))
+    try:
+        module = runpy.run_path(str(path), run_name="yours")
+    except (Exception, SystemExit) as problem:
+        raise ValueError(f"{path} cannot be imported: {last_line(problem)}") from None
+    found = {name: module[name] for name in COMPARED if name in module}
     for pair in pairs:
         ours, _, theirs = pair.partition("=")
         if ours not in COMPARED:
