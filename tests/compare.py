@@ -25,7 +25,6 @@ import sys
 import textwrap
 import traceback
 import warnings
-from collections import Counter
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cached_property, partial, reduce
@@ -75,7 +74,7 @@ def two_updates(adam_step):
 COMPARED = {
     "score_responses": ("reward_model prompts responses mask", "scores"),
     "token_logprobs": ("actor prompts responses", "logprobs"),
-    "logprobs": ("logits labels", "logprobs"),
+    "logprobs": ("logits responses", "logprobs"),
     "kl_penalty": ("logprobs logprobs estimator", "kl"),
     "shape_rewards": ("scores logprobs mask beta", "rewards"),
     "critic_values": ("critic prompts responses", "values"),
@@ -98,7 +97,7 @@ TOLERANCE = {"float64": 1e-7, "float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2
 LOOSE = 1e-3  # where a convention brings another epsilon
 
 FLOATS_BY_TOKEN = "numbers small logprobs".split()
-BY_TOKEN = [*FLOATS_BY_TOKEN, *"mask pair_mask responses logits labels".split()]
+BY_TOKEN = [*FLOATS_BY_TOKEN, *"mask pair_mask responses logits".split()]
 BY_ROW = [*BY_TOKEN, "prompts", "scores"]
 SIMPLE = [0, 1, -1, 2, -2, 0.5]  # the simplest first
 ODD = [n / 1000 for n in range(-2999, 3000, 97)]
@@ -168,15 +167,11 @@ class Case:
         rows = np.arange(self.size(0, BY_ROW)).reshape(-1, self.arguments.get("group_size", 1))
         if "pair_mask" in self.kinds.values():
             rows = rows.reshape(2, -1).T
-        tokens, prompt = (range(self.size(1, kinds)) for kinds in (BY_TOKEN, ["prompts"]))
-        for axis, kinds, units in (
-            (0, BY_ROW, rows),
-            (1, BY_TOKEN, tokens),
-            (1, "prompts", prompt),
-        ):
+        for axis, kinds in ((0, BY_ROW), (1, BY_TOKEN), (1, ["prompts"])):
+            concerned = self.named(kinds).items()
+            units = range(self.size(1, kinds)) if axis else rows
             for unit in units if len(units) > 1 else ():
-                smaller = {name: np.delete(x, unit, axis) for name, x in self.named(kinds).items()}
-                yield self.but(**smaller)
+                yield self.but(**{name: np.delete(x, unit, axis) for name, x in concerned})
         for name, kind in self.kinds.items():
             options = CHOICES.get(kind, [])
             yield from (self.but(**{name: x}) for x in before(self.arguments[name], options))
@@ -267,7 +262,6 @@ def random_case(rng, kinds, way):
         "scores": lambda: numbers("scores", rows),
         "prompts": lambda: tokens(prompt_length),
         "responses": lambda: np.where(np.arange(length) == ends, vocab_size - 1, tokens(length)),
-        "labels": lambda: tokens(length),
         "logits": lambda: numbers("numbers", rows, length, vocab_size),
         "actor": lambda: model(vocab_size),
         "critic": lambda: model(1),
@@ -382,10 +376,12 @@ def compare(case, expected, answer, tolerance):
         if bad and real.sum() > 1:
             return Outcome("not finite", "yours is not finite where nothing varies", bad[0])
         return Outcome(told=False)
+    if not found.keys() & expected.keys():
+        return Outcome("missing", f"yours returns none of {', '.join(expected)}")
     scale = max(case.largest, *map(finite_maximum, expected.values()))
     limit = max(TOLERANCE[answer.dtype], tolerance)
-    worst, padding, compared = 0.0, False, [part for part in expected if part in found]
-    for part in compared:
+    worst, padding = 0.0, False
+    for part in [part for part in expected if part in found]:
         a, b = expected[part], found[part]
         if a.shape != b.shape:
             return Outcome("shape", f"{part}: ours has the shape {a.shape}, yours {b.shape}", part)
@@ -397,8 +393,6 @@ def compare(case, expected, answer, tolerance):
         worst = max(worst, error.max(initial=0))
         if worst > limit:
             return numbers_differ(part, a, b, tuple(np.argwhere(error > limit)[0]), worst)
-    if not compared:
-        return Outcome("missing", f"yours returns none of {', '.join(expected)}")
     return Outcome(error=worst, padding=padding)
 
 
@@ -424,11 +418,10 @@ class Comparison:
     """One of our functions beside one of yours."""
 
     def __init__(self, name, yours):
-        ours = globals()[name] if name in globals() else getattr(loop, name)
+        both = globals().get(name) or getattr(loop, name), yours
+        self.ours, self.yours = map(two_updates, both) if name == "adam_step" else both
         kinds, results = (words.split() for words in COMPARED[name])
-        wrap = two_updates if name == "adam_step" else lambda function: function
         self.name, self.results = name, results
-        self.ours, self.yours = wrap(ours), wrap(yours)
         self.kinds = dict(zip(inspect.signature(self.ours).parameters, kinds))
         self.way, self.agrees = Way(), None  # None: nothing could be compared
         self.notes, self.examples, self.overwritten = [], [], set()
@@ -445,8 +438,8 @@ class Comparison:
 
     def call(self, given):
         """Call yours. Returns its results by name, with the gradients that it left to autograd."""
-        leaves = {name: x for name, x in given.items() if f"d_{name}" in self.results}
-        leaves = {name: x.requires_grad_() for name, x in leaves.items() if hasattr(x, "grad")}
+        wanted = [name for name, x in given.items() if f"d_{name}" in self.results]
+        leaves = {x: given[x].requires_grad_() for x in wanted if hasattr(given[x], "grad")}
         for name, leaf in leaves.items():
             given[name] = leaf.clone()  # yours may overwrite it, which a leaf does not allow
             given[name].retain_grad()
@@ -532,15 +525,15 @@ class Comparison:
 
     def constant_factor(self, conventions, pairs):
         """The factor by which most losses differ, as a convention in a list, or an empty list."""
-        factors = [1.0]
+        factors = {}
         for case, answer in pairs:
             loss, expected = answer.found.get("loss"), self.expect(conventions, case)["loss"]
             if np.shape(loss) == () and loss and abs(expected) > 1e-3:
-                factors.append(float(loss / expected))
-        words, count = Counter(f"{factor:.4g}" for factor in factors).most_common(1)[0]
-        if words == "1" or not 0 < float(words) < math.inf or count < len(factors) / 10:
+                factors.setdefault(f"{loss / expected:.4g}", []).append(loss / expected)
+        words, alike = max(factors.items(), key=lambda x: len(x[1]), default=("1", []))
+        if words == "1" or not 0 < float(words) < math.inf or len(alike) < len(pairs) / 10:
             return []
-        factor = np.median([factor for factor in factors if f"{factor:.4g}" == words])
+        factor = np.median(alike)
         usual = words == "0.5" and self.name.endswith("value_loss")
         words = f"the factor {words}" + ", as in TRL, OpenRLHF and verl" * usual
         return [Convention(words, partial(scaled, factor=factor))]
@@ -667,7 +660,9 @@ class Comparison:
         label = max(map(len, parts), default=0) + 2
         changed = any(one.words != SMALL for one in conventions)
         rows = [("", ["ours, with that" if changed else "ours"], ["yours"])] * bool(parts)
-        rows += [(part, *(lines_of(x[part], 35 - label // 2) for x in both)) for part in parts]
+        for part in parts:
+            texts = (np.array2string(x[part] + 0.0, 35 - label // 2, 4, True) for x in both)
+            rows.append((part, *map(str.splitlines, texts)))
         middle = max((len(line) for _, ours, _ in rows for line in ours), default=0) + 3
         print()
         for row in rows:
@@ -705,9 +700,7 @@ def reach(pairs, outcomes):
 
 def say(text, first, rest):
     """Print a line, wrapped where it is longer than a terminal."""
-    rules = {"width": 80, "break_long_words": False, "break_on_hyphens": False}
-    indents = {"initial_indent": " " * first, "subsequent_indent": " " * rest}
-    print(textwrap.fill(text, **indents, **rules))
+    print(textwrap.fill(text, 80, initial_indent=" " * first, subsequent_indent=" " * rest))
 
 
 def literal(x, dtype):
@@ -719,11 +712,6 @@ def literal(x, dtype):
     x = x.astype(dtype) if x.dtype.kind == "f" and dtype != "bfloat16" else x
     source = " ".join(repr(x).replace("dtype=", "dtype=np.").split())
     return "np." + source.replace("nan", "np.nan").replace("inf", "np.inf")
-
-
-def lines_of(x, width):
-    text = np.array2string(x + 0.0, precision=4, suppress_small=True, max_line_width=width)
-    return text.splitlines()
 
 
 # ------------------------------------------------------------------ the command line
@@ -771,8 +759,8 @@ def report(comparisons, options):
             print()
             one.show(*example)
     compared = [one for one in comparisons if one.agrees is not None]
-    bad = [one for one in compared if not one.agrees or (options.strict and one.examples)]
-    return 2 if not compared else 1 if bad else 0
+    bad = any(not one.agrees or (options.strict and one.examples) for one in compared)
+    return 1 if bad else 0 if compared else 2
 
 
 def main(argv=None):
