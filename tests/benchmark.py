@@ -3,10 +3,9 @@
     python tests/benchmark.py            the script against itself
     python tests/benchmark.py --torch    and against the same in PyTorch (CPU, eager)
 
-A ratio is the median over rounds in which what is compared takes turns, after a warm-up: it
-carries over to other machines, where a time in seconds would not. What is compared is
-processor time, with one thread a side: on an idle machine the same as the clock's, on a busy
-one less disturbed. Sizes are the defaults unless a row names others.
+A ratio is the median over rounds in which both sides take turns, after a warm-up: it carries over
+to other machines. Processor time is measured, with one thread a side: a busy machine disturbs it
+less than the clock's. Sizes are the defaults unless a row names others.
 """
 
 import argparse
@@ -29,7 +28,7 @@ SCRIPT = Path(__file__).resolve().parents[1] / "rlhf_loop_pseudo.py"
 
 # Prints the peak memory of the one command that it runs, as RUSAGE_CHILDREN is the largest.
 PEAK = """import resource, subprocess, sys
-subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL, check=True)
+subprocess.run([sys.executable, *sys.argv[1:]], stdout=subprocess.DEVNULL, check=True)
 unit = 1 if sys.platform == "darwin" else 1024
 print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit / 1e6)"""
 
@@ -44,26 +43,21 @@ def seconds(action):
 
 def ratios(rounds, base, *actions):
     """Time of each action as a multiple of base's: medians over rounds in which all take turns."""
-    for action in (base, *actions):
-        action()
-    times = [[seconds(action) for action in (base, *actions)] for _ in range(rounds)]
-    return np.median([np.divide(row[1:], row[0]) for row in times], axis=0)
+    times = [[seconds(action) for action in (base, *actions)] for _ in range(1 + rounds)]
+    return np.median([np.divide(row[1:], row[0]) for row in times[1:]], axis=0)  # 0 warms up
 
 
 def run(*command):
-    """Run a command of this interpreter, without its output."""
     subprocess.run([sys.executable, *command], stdout=subprocess.DEVNULL, check=True)
 
 
 def peak(*command):
     """Peak memory of such a command in MB; it hardly varies, so one run is enough."""
-    command = [sys.executable, "-c", PEAK, sys.executable, *command]
-    return float(subprocess.check_output(command))
+    return float(subprocess.check_output([sys.executable, "-c", PEAK, *command]))
 
 
 def show(name, measured, limit, unit="x"):
-    """Print one row."""
-    digits = {"x": 2, " s": 1, " MB": 0}[unit]
+    digits = {"x": 2, " MB": 0}[unit]
     verdict = "" if limit is None else "within" if measured <= limit else "ABOVE"
     limit = "" if limit is None else f"{limit:g}{unit}"
     print(f"{name:58}{measured:>9.{digits}f}{unit:3}{limit:>9}  {verdict}", flush=True)
@@ -93,31 +87,25 @@ def fastest_floor(count, head):
                 rows.T @ matrix  # (D, n) @ (n, v)
                 matrix @ columns.T  # (n, v) @ (v, D)
 
-    floors = []
-    for numbers in (500_000, 1_000_000, 2_000_000):  # of all columns, and of all rows
-        shapes = (numbers // head.shape[1], head.shape[1]), (count, numbers // count)
-        floors += [partial(floor, *shape) for shape in shapes]
+    sizes = 500_000, 1_000_000, 2_000_000  # of all columns, and of all rows
+    floors = [partial(floor, n // head.shape[1], head.shape[1]) for n in sizes]
+    floors += [partial(floor, count, n // count) for n in sizes]
     return floors[np.argmin([1, *ratios(5, *floors)])]
 
 
 def train(config):
-    """core_loop from fresh models."""
     rng = np.random.default_rng(config.seed)
     list(loop.core_loop(loop.init_models(config, rng), config, rng))
 
 
-# ------------------------------------------------------------------ the same in PyTorch
-
-
 def torch_model(vocab_size, width, out_width, scale=1.0):
-    """Weights as init_model draws them."""
     sizes = ("embed", vocab_size, width, 0.1), ("mix", width, width, 5 / width**0.5)
     sizes += (("head", width, out_width, scale / width**0.5),)
     return {n: (torch.rand(r, c) - 0.5) * 12**0.5 * deviation for n, r, c, deviation in sizes}
 
 
 def torch_models(c):
-    """Actor and critic that learn, reward model and reference, as init_models makes them."""
+    """Actor, critic, reward model and reference, as init_models makes them; two optimizers."""
     reference, noise = (torch_model(c.vocab_size, c.width, c.vocab_size) for _ in range(2))
     actor = {name: reference[name] + c.drift * noise[name] for name in reference}
     reward_model = {**reference, "head": torch_model(1, c.width, 1, 2.5)["head"]}
@@ -125,7 +113,8 @@ def torch_models(c):
     critic["head"] = c.drift * torch_model(1, c.width, 1)["head"]
     for weights in (*actor.values(), *critic.values()):
         weights.requires_grad_()
-    return actor, critic, reward_model, reference
+    optimizers = [torch.optim.Adam(x.values(), c.learning_rate) for x in (actor, critic)]
+    return (actor, critic, reward_model, reference), optimizers
 
 
 def torch_hidden(model, tokens):
@@ -142,16 +131,15 @@ def torch_outputs(model, prompts, responses):
 
 
 def torch_logprobs(model, prompts, responses):
-    """token_logprobs. Returns (B, T)."""
     logprobs = torch.log_softmax(torch_outputs(model, prompts, responses), -1)
     return logprobs.gather(2, responses[..., None])[..., 0]
 
 
-def torch_generate(actor, prompts, length, eos_token):
+def torch_generate(actor, prompts, c):
     """generate. Returns responses, mask, logprobs, (B, T) each."""
-    context_sum, token = actor["embed"][prompts].sum(1), prompts[:, -1]
+    context_sum, token, eos_token = actor["embed"][prompts].sum(1), prompts[:, -1], c.vocab_size - 1
     running, columns = torch.ones(len(prompts), dtype=torch.bool), []
-    for t in range(length):
+    for t in range(c.response_length):
         context = context_sum / (prompts.shape[1] + t) ** 0.5
         hidden = torch.tanh(actor["embed"][token] + context @ actor["mix"])
         logprobs = torch.log_softmax(hidden @ actor["head"], -1)  # (B, D) -> (B, V)
@@ -164,17 +152,16 @@ def torch_generate(actor, prompts, length, eos_token):
 
 
 def torch_advantages(rewards, values, mask, c):
-    """gae and whiten. Returns whitened advantages, returns and TD errors, (B, T) each."""
+    """gae and whiten. Returns whitened advantages and returns, (B, T) both."""
     following = torch.cat([values[:, 1:], torch.zeros(len(values), 1)], 1)
     errors = (rewards + c.gamma * following - values) * mask
-    advantage, columns = torch.zeros(len(values)), []
+    advantages, last = torch.zeros_like(values), 0
     for t in reversed(range(values.shape[1])):
-        advantage = errors[:, t] + c.gamma * c.lam * advantage
-        columns.append(advantage)
-    advantages = torch.stack(columns[::-1], 1) * mask
+        advantages[:, t] = last = errors[:, t] + c.gamma * c.lam * last
+    advantages *= mask
     real = advantages[mask.bool()]
     whitened = (advantages - real.mean()) / (real.var() + 1e-8).sqrt() * mask
-    return whitened, advantages + values, errors
+    return whitened, advantages + values
 
 
 def torch_policy_loss(actor, prompts, responses, old_logprobs, advantages, mask, clip):
@@ -185,12 +172,11 @@ def torch_policy_loss(actor, prompts, responses, old_logprobs, advantages, mask,
     return -(gain * mask).sum() / mask.sum(), ratio
 
 
-def torch_experience(models, prompts, c):
-    """Steps 2 to 6. Returns their arrays by name."""
+def torch_experience(models, c):
+    """Steps 1 to 6. Returns their arrays by name."""
     actor, critic, reward_model, reference = models
-    responses, mask, old_logprobs = torch_generate(
-        actor, prompts, c.response_length, c.vocab_size - 1
-    )
+    prompts = torch.randint(0, c.vocab_size - 1, (c.batch_size, c.prompt_length))
+    responses, mask, old_logprobs = torch_generate(actor, prompts, c)
     last = prompts.shape[1] + mask.sum(1).long() - 1
     rows, tokens = torch.arange(len(last)), torch.cat([prompts, responses], 1)
     scores = (torch_hidden(reward_model, tokens)[rows, last] @ reward_model["head"])[:, 0]
@@ -199,18 +185,17 @@ def torch_experience(models, prompts, c):
     rewards = -c.beta * kl
     rewards[rows, last - prompts.shape[1]] += scores
     values = torch_outputs(critic, prompts, responses)[..., 0] * mask
-    whitened, returns, errors = torch_advantages(rewards, values, mask, c)
-    seen = {"responses": responses, "mask": mask, "old_logprobs": old_logprobs, "scores": scores}
-    seen |= {"ref_logprobs": ref_logprobs, "kl": kl, "rewards": rewards, "values": values}
-    return seen | {"whitened": whitened, "returns": returns, "errors": errors}
+    whitened, returns = torch_advantages(rewards, values, mask, c)
+    seen = {"prompts": prompts, "responses": responses, "mask": mask, "old_logprobs": old_logprobs}
+    seen |= {"ref_logprobs": ref_logprobs, "kl": kl, "scores": scores, "rewards": rewards}
+    return seen | {"values": values, "whitened": whitened, "returns": returns}
 
 
-def torch_update(models, optimizers, prompts, seen, c):
-    """Step 7, an epoch: losses and ratio."""
+def torch_update(models, optimizers, seen, c):
     actor, critic = models[:2]
-    batch = [seen[name] for name in ("responses", "old_logprobs", "whitened", "mask")]
-    loss, ratio = torch_policy_loss(actor, prompts, *batch, c.clip)
-    values = torch_outputs(critic, prompts, seen["responses"])[..., 0]
+    batch = "prompts", "responses", "old_logprobs", "whitened", "mask"
+    loss, ratio = torch_policy_loss(actor, *(seen[name] for name in batch), c.clip)
+    values = torch_outputs(critic, seen["prompts"], seen["responses"])[..., 0]
     error = (((values - seen["returns"]) * seen["mask"]) ** 2).sum() / seen["mask"].sum()
     for optimizer, objective in zip(optimizers, (loss, error)):
         optimizer.zero_grad()
@@ -220,57 +205,40 @@ def torch_update(models, optimizers, prompts, seen, c):
 
 
 def torch_train(c):
-    """train."""
-    models = torch_models(c)
-    optimizers = [torch.optim.Adam(model.values()) for model in models[:2]]
+    models, optimizers = torch_models(c)
     for step in range(c.steps):
         for optimizer in optimizers:
             optimizer.param_groups[0]["lr"] = c.learning_rate * (1 - step / c.steps)
-        prompts = torch.randint(0, c.vocab_size - 1, (c.batch_size, c.prompt_length))
         with torch.no_grad():
-            seen = torch_experience(models, prompts, c)
+            seen = torch_experience(models, c)
         for _ in range(c.ppo_epochs):
-            torch_update(models, optimizers, prompts, seen, c)
+            torch_update(models, optimizers, seen, c)
 
 
-def torch_walk_through(prompts, c):
-    """One step, with all that the walk-through shows of it."""
-    models, prompts = torch_models(c), torch.tensor(prompts)
-    optimizers = [torch.optim.Adam(model.values(), c.learning_rate) for model in models[:2]]
+def torch_walk_through(c):
+    """One step, with all that takes time of what the walk-through shows."""
+    models, optimizers = torch_models(c)
     with torch.no_grad():
-        seen = torch_experience(models, prompts, c)
-        mask, k1 = seen["mask"], seen["kl"]
-        logits = torch_outputs(models[0], prompts, seen["responses"])
+        seen = torch_experience(models, c)
+        tokens = seen["prompts"], seen["responses"]
+        logits = torch_outputs(models[0], *tokens)
         log_p = torch.log_softmax(logits, -1)
-        log_q = torch.log_softmax(torch_outputs(models[3], prompts, seen["responses"]), -1)
-        exact = (log_p.exp() * (log_p - log_q)).sum(-1) * mask
-        estimates = [(x * mask).sum() / mask.sum() for x in (k1, k1**2 / 2, torch.expm1(-k1) + k1)]
-        print(prompts.shape, logits.shape, exact.sum() / mask.sum(), *estimates)
+        log_q = torch.log_softmax(torch_outputs(models[3], *tokens), -1)
+        print(logits.shape, ((log_p.exp() * (log_p - log_q)).sum(-1) * seen["mask"]).mean())
         del logits, log_p, log_q
     for name, array in seen.items():
         print(name, tuple(array.shape), array.ravel()[:3].tolist(), array.double().mean())
-    print("total rewards", seen["rewards"].sum(1).tolist())
     for _ in range(c.ppo_epochs):
-        loss, error, ratio = torch_update(models, optimizers, prompts, seen, c)
-        gain = ratio * seen["whitened"]
-        clipped = gain > ratio.clamp(1 - c.clip, 1 + c.clip) * seen["whitened"]
-        print(ratio.min(), ratio.max(), clipped.float().mean(), loss, error)
+        loss, error, ratio = torch_update(models, optimizers, seen, c)
+        print(ratio.min(), ratio.max(), loss, error)
     with torch.no_grad():
-        after = (torch_logprobs(models[0], prompts, seen["responses"]) * mask).sum(1)
-    before, judged = seen["old_logprobs"].sum(1), seen["whitened"].sum(1) / mask.sum(1)
-    print(judged.tolist(), before.tolist(), after.tolist(), (after - before).tolist())
-
-
-# ------------------------------------------------------------------ the table
+        after = torch_logprobs(models[0], *tokens) * seen["mask"]
+    print("log probabilities", (after - seen["old_logprobs"]).sum(1).tolist())
 
 
 def show_torch_rows(config, inputs):
     """What is compared with PyTorch; inputs are those of actor_gradients."""
-    prompts = np.random.default_rng(0).integers(
-        0, config.vocab_size - 1, (config.batch_size, config.prompt_length)
-    )
-    step = json.dumps({"prompts": prompts.tolist(), **vars(config)})
-    same_step = __file__, "--torch-step", step
+    same_step = __file__, "--torch-step", json.dumps(vars(config))
     measured = ratios(5, partial(run, *same_step), partial(run, str(SCRIPT)))
     show("walk-through / the same step in PyTorch, whole processes", *measured, 0.35)
     show("peak memory of that step in PyTorch", peak(*same_step), None, " MB")
@@ -289,7 +257,6 @@ def show_torch_rows(config, inputs):
 
 
 def main():
-    """Print the table, a row as soon as it is measured."""
     print(f"{f'numpy {np.__version__}':58}{'measured':>12}{'limit':>9}", flush=True)
     inputs = gradient_inputs(loop.Config())
     if torch:
@@ -298,13 +265,10 @@ def main():
     measured = ratios(15, floor, partial(loop.actor_gradients, *inputs))
     show("actor_gradients / three products and an exp", *measured, 2.2)
     show("walk-through, peak memory", peak(str(SCRIPT)), 250, " MB")
-    letters = partial(run, str(SCRIPT), "--preset", "letters", "--steps", "200")
-    taken = np.median([seconds(letters) for _ in range(3)])
-    show("letters, 200 steps, whole process: processor time", taken, None, " s")
     half = {"batch_size": 2, "prompt_length": 32, "response_length": 64, "vocab_size": 25128}
-    doubled = ({name: 2 * half[name]} for name in ("batch_size", "response_length", "vocab_size"))
-    sizes = ({**half, "steps": 2, **more} for more in ({}, *doubled))
-    measured = ratios(5, *(partial(train, loop.Config(**size)) for size in sizes))
+    names = "batch_size", "response_length", "vocab_size"
+    sizes = half, *({**half, name: 2 * half[name]} for name in names)
+    measured = ratios(5, *(partial(train, loop.Config(**size, steps=2)) for size in sizes))
     for letter, ratio in zip("BTV", measured):
         show(f"the loop when {letter} doubles, from half of all sizes", ratio, 2.3)
 
@@ -318,8 +282,7 @@ if __name__ == "__main__":
         torch = importlib.import_module("torch")
         torch.set_num_threads(1)
     if options.torch_step:
-        settings = json.loads(options.torch_step)
-        torch_walk_through(settings.pop("prompts"), argparse.Namespace(**settings))
+        torch_walk_through(argparse.Namespace(**json.loads(options.torch_step)))
     else:
         sys.path.insert(0, str(SCRIPT.parent))
         loop = importlib.import_module("rlhf_loop_pseudo")
