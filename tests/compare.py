@@ -29,7 +29,6 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cached_property, partial, reduce
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 
 try:
@@ -57,16 +56,12 @@ def clipped_value_loss(values, old_values, returns, mask, clip):
     return loss, np.where(worse == values, d_values, 0)
 
 
-def two_updates(adam_step):
+def two_updates(adam_step, params, gradients, next_gradients, learning_rate):
     """adam_step changes its arguments and returns nothing: what two calls make of an array."""
-
-    def updated(params, gradients, next_gradients, learning_rate):
-        weights, state = {"w": params + 0}, {}
-        adam_step(weights, {"w": gradients}, state, learning_rate)
-        adam_step(weights, {"w": next_gradients}, state, learning_rate)
-        return weights["w"]
-
-    return updated
+    weights, state = {"w": params + 0}, {}
+    adam_step(weights, {"w": gradients}, state, learning_rate)
+    adam_step(weights, {"w": next_gradients}, state, learning_rate)
+    return weights["w"]
 
 
 # What is compared: the kinds of our function's arguments (made in random_case), the names of its
@@ -143,7 +138,7 @@ class Case:
     @cached_property
     def largest(self):
         """The largest number, at least 1; what stands at padding does not count."""
-        return max(1, *(finite_maximum(x) for _, x in self.at_padding(0).arrays()))
+        return np.max([1, *(np.abs(x).max(initial=0) for _, x in self.at_padding(0).arrays())])
 
     def but(self, **arguments):
         return replace(self, arguments=self.arguments | arguments)
@@ -173,8 +168,8 @@ class Case:
             for unit in units if len(units) > 1 else ():
                 yield self.but(**{name: np.delete(x, unit, axis) for name, x in concerned})
         for name, kind in self.kinds.items():
-            options = CHOICES.get(kind, [])
-            yield from (self.but(**{name: x}) for x in before(self.arguments[name], options))
+            simpler = itertools.takewhile(self.arguments[name].__ne__, CHOICES.get(kind, []))
+            yield from (self.but(**{name: x}) for x in simpler)
         for i, (name, array) in enumerate(self.arrays()):
             for place, number in simpler_numbers(array, self.kinds[name]):
                 simpler = self.but(**deepcopy(self.arguments))
@@ -191,8 +186,7 @@ class Case:
     @property
     def valid(self):
         """Whether real tokens are finite, and no padding stands before them."""
-        finite = all(np.isfinite(x).all() for _, x in self.at_padding(0).arrays())
-        return finite and self.real[:, 0].all()
+        return np.isfinite(self.largest) and self.real[:, 0].all()
 
     def facts(self):
         """What all cases that differ may have in common, by what to say then."""
@@ -211,14 +205,6 @@ class Case:
         return facts
 
 
-def finite_maximum(x):
-    return np.abs(x[np.isfinite(x)]).max(initial=0)
-
-
-def before(value, options):
-    return itertools.takewhile(lambda option: option != value, options)
-
-
 def simpler_numbers(array, kind):
     """(place, simpler number); first of all 0 everywhere."""
     if array.any() and not kind.endswith("mask"):
@@ -228,7 +214,7 @@ def simpler_numbers(array, kind):
         pool = [-abs(x) for x in SIMPLE] if kind == "logprobs" else SIMPLE
         pool = [1] if kind.endswith("mask") else range(value) if array.dtype.kind == "i" else pool
         others = [np.nan] if np.isinf(value) else [np.round(value)] * bool(np.isfinite(value))
-        yield from ((place, number) for number in before(value, [*pool, *others]))
+        yield from ((place, x) for x in itertools.takewhile(value.__ne__, [*pool, *others]))
 
 
 def random_case(rng, kinds, way):
@@ -338,16 +324,6 @@ def same(a, b):
     )
 
 
-def gradient(loss, leaf, given):
-    """d loss / d leaf; 0 where the loss has no gradient or does not depend on it."""
-    if given.grad is not None:  # yours called backward()
-        return given.grad
-    if not getattr(loss, "requires_grad", False):
-        return 0 * leaf.detach()
-    differentiate = sys.modules["torch"].autograd.grad
-    return differentiate(loss, leaf, retain_graph=True, materialize_grads=True)[0]
-
-
 def last_line(problem):
     return traceback.format_exception_only(problem)[-1].strip()
 
@@ -378,8 +354,8 @@ def compare(case, expected, answer, tolerance):
         return Outcome(told=False)
     if not found.keys() & expected.keys():
         return Outcome("missing", f"yours returns none of {', '.join(expected)}")
-    scale = max(case.largest, *map(finite_maximum, expected.values()))
-    limit = max(TOLERANCE[answer.dtype], tolerance)
+    finite = [np.abs(x[np.isfinite(x)]).max(initial=0) for x in expected.values()]
+    scale, limit = max(case.largest, *finite), max(TOLERANCE[answer.dtype], tolerance)
     worst, padding = 0.0, False
     for part in [part for part in expected if part in found]:
         a, b = expected[part], found[part]
@@ -411,15 +387,13 @@ def agree(outcomes):
     return told >= len(outcomes) / 10 and not any(outcome.kind for outcome in outcomes)
 
 
-# ------------------------------------------------------------------ one of ours, one of yours
-
-
 class Comparison:
     """One of our functions beside one of yours."""
 
     def __init__(self, name, yours):
         both = globals().get(name) or getattr(loop, name), yours
-        self.ours, self.yours = map(two_updates, both) if name == "adam_step" else both
+        twice = (partial(two_updates, x) for x in both)
+        self.ours, self.yours = twice if name == "adam_step" else both
         kinds, results = (words.split() for words in COMPARED[name])
         self.name, self.results = name, results
         self.kinds = dict(zip(inspect.signature(self.ours).parameters, kinds))
@@ -431,25 +405,27 @@ class Comparison:
         return [random_case(rng, self.kinds, self.way) for _ in range(count)]
 
     def by_name(self, answer):
-        """Results by name: they come in our order, or in a dict with our names."""
+        """Results by name, all of a dict's parts: they come in our order, or with our names."""
         if isinstance(answer, dict) and set(self.results) & set(answer):
-            return {name: answer.get(name) for name in self.results}
-        return dict(zip(self.results, answer if isinstance(answer, tuple) else [answer]))
+            return flat({name: answer.get(name) for name in self.results})
+        return flat(dict(zip(self.results, answer if isinstance(answer, tuple) else [answer])))
 
     def call(self, given):
         """Call yours. Returns its results by name, with the gradients that it left to autograd."""
-        wanted = [name for name, x in given.items() if f"d_{name}" in self.results]
+        wanted = [name for name in given if f"d_{name}" in self.results]
         leaves = {x: given[x].requires_grad_() for x in wanted if hasattr(given[x], "grad")}
         for name, leaf in leaves.items():
             given[name] = leaf.clone()  # yours may overwrite it, which a leaf does not allow
             given[name].retain_grad()
         rows = [name for name in given if self.way.rows and self.kinds[name] in BY_TOKEN]
-        arguments = [list(x) if name in rows else x for name, x in given.items()]
-        results = self.by_name(self.yours(*arguments))
+        results = self.by_name(self.yours(*(list(x) if y in rows else x for y, x in given.items())))
+        leaves = {name: leaf for name, leaf in leaves.items() if f"d_{name}" not in results}
+        backward = all(leaf.grad is None for leaf in leaves.values())  # yours did not do it
+        if leaves and backward and getattr(results.get("loss"), "requires_grad", False):
+            results["loss"].backward()
         for name, leaf in leaves.items():
-            if results.get(f"d_{name}") is None:
-                results[f"d_{name}"] = gradient(results.get("loss"), leaf, given[name])
-        return flat(results)
+            results[f"d_{name}"] = 0 * leaf.detach() if leaf.grad is None else leaf.grad
+        return results
 
     def ask(self, case):
         """The answer of yours to a case."""
@@ -475,9 +451,8 @@ class Comparison:
         dtypes = [Way().dtypes, ("float32",), ("float64",), ("float16",)]
         dtypes += [("bfloat16",)] * ("torch" in sys.modules)
         reason = ""
-        for self.way in itertools.starmap(
-            Way, itertools.product(dtypes, [None, "bool", "int64"], [0, 1])
-        ):
+        for way in itertools.product(dtypes, [None, "bool", "int64"], [False, True]):
+            self.way = Way(*way)
             answers = [self.ask(case) for case in self.cases(8)]
             problems = [x.problem for x in answers if x.problem not in ("", REFUSED)]
             if not problems:
@@ -494,7 +469,7 @@ class Comparison:
         """What ours returns with these conventions, the first innermost; None if it cannot tell."""
 
         def ours(given):
-            results = flat(self.by_name(self.ours(*given.values())))
+            results = self.by_name(self.ours(*given.values()))
             return {name: np.asarray(x) for name, x in results.items()}
 
         for one in conventions:
@@ -509,19 +484,18 @@ class Comparison:
     def clips(self):
         """The clips that yours shows when asked for numbers far beyond any limit."""
         for words, estimator, change, usual in CLIPS.get(self.name, []):
-            low, high = (self.first_number(probe(x, estimator)) for x in (-1000, 1000))
+            far = []
+            for given in (probe(-1000, estimator), probe(1000, estimator)):
+                given = {name: given[name] for name in self.kinds}
+                found = self.ask(Case(given, self.kinds, self.way.dtypes[0])).found
+                far.append(np.append(found.get(self.results[0], []), np.nan)[0])
+            low, high = np.round(np.log(np.abs(far)) if self.name == "ppo_loss" else far, 4)
             low = -low if low == high else low  # k3 is positive on both sides
             if min(abs(low), abs(high)) < 900:
                 limits = f"+-{high:g}" if low == -high else f"[{low:g}, {high:g}]"
                 who = f", as in {usual}" if usual and limits == "+-10" else ""
                 change = partial(change, limits=(low, high))
                 yield Convention(f"{words} clipped to {limits}{who}", change)
-
-    def first_number(self, given):
-        """The first of yours; for a loss of one token its log ratio."""
-        case = Case({name: given[name] for name in self.kinds}, self.kinds, self.way.dtypes[0])
-        number = np.append(self.ask(case).found.get(self.results[0], []), np.nan)[0]
-        return np.round(np.log(abs(number)) if self.name == "ppo_loss" else number, 4)
 
     def constant_factor(self, conventions, pairs):
         """The factor by which most losses differ, as a convention in a list, or an empty list."""
@@ -620,12 +594,12 @@ class Comparison:
     def ask_more(self, conventions, cases):
         """Ask of a function that agrees what counts with --strict only."""
         rng = np.random.default_rng(0)
-        padded = [x for x in cases if not x.real.all()][:100]
         junk, holed = [], []
-        for case in padded:
+        for case in [x for x in cases if not x.real.all()][:100]:
             junk.append(case.at_padding(rng.choice([np.nan, np.inf, -np.inf], case.real.shape)))
-            mask = (rng.random(case.real.shape) < 0.6) | (np.arange(case.real.shape[1]) == 0)
-            holed.append(case.but(mask=mask.astype(float)))
+            mask = np.float64(rng.random(case.real.shape) < 0.6)
+            mask[:, 0] = 1
+            holed.append(case.but(mask=mask))
         for title, changed in (
             ("NaN or infinity at padding reaches your {}", junk),
             ("where the mask has a hole, they differ in {}", holed),
@@ -714,13 +688,10 @@ def literal(x, dtype):
     return "np." + source.replace("nan", "np.nan").replace("inf", "np.inf")
 
 
-# ------------------------------------------------------------------ the command line
-
-
 def look_up(module, name):
     """The function of a name such as PPO.advantages; a method is taken from PPO()."""
     *owners, last = name.split(".")
-    owner = reduce(getattr, owners, SimpleNamespace(**module))
+    owner = reduce(getattr, owners, argparse.Namespace(**module))
     if isinstance(owner, type) and inspect.isfunction(inspect.getattr_static(owner, last)):
         owner = owner()
     return getattr(owner, last)
