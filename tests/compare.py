@@ -16,7 +16,6 @@ code: 0 where all agree, 1 where one differs, 2 where nothing can be compared.
 """
 
 import argparse
-import importlib
 import inspect
 import itertools
 import math
@@ -35,8 +34,7 @@ try:
     import numpy as np
 
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    loop = importlib.import_module("rlhf_loop_pseudo")
-
+    import rlhf_loop_pseudo as loop
     from conventions import CLIPS, KNOWN, MISTAKES, SMALL, Convention, probe, reordered, scaled
 except (ModuleNotFoundError, SystemExit) as missing:
     print(f"compare.py: {missing}", file=sys.stderr)
@@ -44,7 +42,6 @@ except (ModuleNotFoundError, SystemExit) as missing:
 
 
 def logprobs(logits, labels):
-    """Log probabilities of labels (B, T), each under its own logits (B, T, V)."""
     return np.take_along_axis(loop.log_softmax(logits), labels[..., None], axis=-1)[..., 0]
 
 
@@ -90,6 +87,8 @@ COMPARED = {
 # What is no difference, as a share of the largest number in play: rounding, and an epsilon of 1e-8
 TOLERANCE = {"float64": 1e-7, "float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 LOOSE = 1e-3  # where a convention brings another epsilon
+REFUSED = "yours raises NotImplementedError"
+KINDS = ["numbers", "shape", "missing", "not finite", "raises"]  # the most instructive first
 
 FLOATS_BY_TOKEN = "numbers small logprobs".split()
 BY_TOKEN = [*FLOATS_BY_TOKEN, *"mask pair_mask responses logits".split()]
@@ -107,9 +106,7 @@ CHOICES = {
 }
 
 
-class Way(NamedTuple):
-    """How yours wants its arguments."""
-
+class Way(NamedTuple):  # how yours wants its arguments
     dtypes: tuple = ("float64", "float32")
     mask: str | None = None  # a dtype of its own
     rows: bool = False  # lists of rows in place of arrays
@@ -144,7 +141,6 @@ class Case:
         return replace(self, arguments=self.arguments | arguments)
 
     def named(self, kinds):
-        """The arguments of some kinds."""
         return {name: x for name, x in self.arguments.items() if self.kinds[name] in kinds}
 
     def at_padding(self, junk):
@@ -176,14 +172,12 @@ class Case:
                 list(simpler.arrays())[i][1][place] = number
                 yield simpler
 
-    @property
     def complexity(self):
         """What the smallest input has least of: numbers, padding, numbers that are not 0."""
         arrays = [x for name, x in self.arrays() if name != "mask"]
         numbers, padding = sum(x.size for x in arrays), np.count_nonzero(~self.real)
         return self.size(0, BY_ROW), numbers, padding, sum(map(np.count_nonzero, arrays))
 
-    @property
     def valid(self):
         """Whether real tokens are finite, and no padding stands before them."""
         return np.isfinite(self.largest) and self.real[:, 0].all()
@@ -222,10 +216,10 @@ def random_case(rng, kinds, way):
     length = int(rng.integers(6, 13) if rng.random() < 0.1 else rng.integers(1, 6))
     group_size = int(rng.integers(2, 4)) if "group_size" in kinds else 1
     rows = group_size * int(rng.integers(1, 4)) * (2 if "pair_mask" in kinds.values() else 1)
-    vocab_size = 27 if "vocab_size" in kinds else int(rng.integers(2, 5))  # 27: letters
+    end = 26 if "vocab_size" in kinds else int(rng.integers(1, 4))  # the last token; 26: letters
     width, prompt_length = rng.integers(1, 3, 2)
     ends = rng.integers(0 if rng.random() < 0.7 else length, length + 1, (rows, 1))
-    mask = (np.arange(length) <= ends).astype(float)
+    mask, ended = np.float64(np.arange(length) <= ends), np.arange(length) == ends
     junk = 0 if rng.random() < 0.5 and "mask" in kinds else 1
     extreme = rng.random() < 1 / 3 and not way.exact
     level = rng.random() < 0.1  # a group without spread is nothing rare
@@ -235,47 +229,38 @@ def random_case(rng, kinds, way):
         x = np.full(shape, rng.choice(pool)) if level else rng.choice(np.array(pool), shape)
         return -abs(x) if kind == "logprobs" else x
 
-    def tokens(length):
-        return rng.integers(0, vocab_size - 1, (rows, length))
-
     def model(outputs, **more):
-        shapes = {"embed": (vocab_size, width), "mix": (width, width), "head": (width, outputs)}
+        shapes = {"embed": (end + 1, width), "mix": (width, width), "head": (width, outputs)}
         return {name: numbers(name, *shape) for name, shape in (shapes | more).items()}
 
     make = {
         "mask": lambda: mask,
         "pair_mask": lambda: mask,
         "scores": lambda: numbers("scores", rows),
-        "prompts": lambda: tokens(prompt_length),
-        "responses": lambda: np.where(np.arange(length) == ends, vocab_size - 1, tokens(length)),
-        "logits": lambda: numbers("numbers", rows, length, vocab_size),
-        "actor": lambda: model(vocab_size),
+        "prompts": lambda: rng.integers(0, end, (rows, prompt_length)),
+        "responses": lambda: np.where(ended, end, rng.integers(0, end, (rows, length))),
+        "logits": lambda: numbers("numbers", rows, length, end + 1),
+        "actor": lambda: model(end + 1),
         "critic": lambda: model(1),
         "reward_model": lambda: model(1, bias=(1,)),
         "group_size": lambda: group_size,
-        "vocab_size": lambda: vocab_size,
+        "vocab_size": lambda: end + 1,
     }
 
     def argument(kind):
-        if kind in CHOICES:
-            return CHOICES[kind][rng.integers(len(CHOICES[kind]))]
-        if kind in make:
-            return make[kind]()
-        return numbers(kind, rows, length) * np.where(mask, 1, junk) + 0.0
+        if kind in FLOATS_BY_TOKEN:
+            return numbers(kind, rows, length) * np.where(mask, 1, junk) + 0.0
+        options = CHOICES.get(kind)
+        return options[rng.integers(len(options))] if options else make[kind]()
 
     arguments = {name: argument(kind) for name, kind in kinds.items()}
     return Case(arguments, kinds, way.dtypes[rng.integers(len(way.dtypes))])
 
 
 class Answer(NamedTuple):
-    """What yours returned, by name and in float64, or why it did not."""
-
-    found: dict
+    found: dict  # what yours returned, by name and in float64
     dtype: str = "float64"  # the coarsest in play
     problem: str = ""  # REFUSED for NotImplementedError
-
-
-REFUSED = "yours raises NotImplementedError"
 
 
 def hand_over(case, way):
@@ -318,28 +303,21 @@ def as_array(x):
 
 def same(a, b):
     """Whether the arrays of two dicts are equal."""
-    a, b = flat(a), flat(b)
-    return a.keys() == b.keys() and all(
-        np.array_equal(as_array(a[name]), as_array(b[name]), equal_nan=True) for name in a
-    )
+    a, b = ({name: as_array(x) for name, x in flat(each).items()} for each in (a, b))
+    return a.keys() == b.keys() and all(np.array_equal(a[x], b[x], equal_nan=True) for x in a)
 
 
 def last_line(problem):
     return traceback.format_exception_only(problem)[-1].strip()
 
 
-class Outcome(NamedTuple):
-    """How an answer of yours compares with ours."""
-
+class Outcome(NamedTuple):  # how an answer of yours compares with ours
     kind: str = ""  # of the difference; empty where they agree
     words: str = ""
     part: str = ""  # the first result that differs
     error: float = 0.0  # as a share of the largest number in play
     padding: bool = False  # yours is not 0 there
     told: bool = True  # False where ours cannot tell what is right
-
-
-KINDS = ["numbers", "shape", "missing", "not finite", "raises"]  # the most instructive first
 
 
 def compare(case, expected, answer, tolerance):
@@ -388,8 +366,6 @@ def agree(outcomes):
 
 
 class Comparison:
-    """One of our functions beside one of yours."""
-
     def __init__(self, name, yours):
         both = globals().get(name) or getattr(loop, name), yours
         twice = (partial(two_updates, x) for x in both)
@@ -428,7 +404,6 @@ class Comparison:
         return results
 
     def ask(self, case):
-        """The answer of yours to a case."""
         given, before = hand_over(case, self.way), hand_over(case, self.way)
         try:
             results = self.call(given)
@@ -477,8 +452,7 @@ class Comparison:
         return ours(case.arguments)
 
     def compare_all(self, conventions, pairs):
-        """The outcome for each pair of a case and its answer."""
-        loose = LOOSE * any(one.loose for one in conventions)
+        loose = LOOSE * any("deviations" in one.words for one in conventions)
         return [compare(x, self.expect(conventions, x), answer, loose) for x, answer in pairs]
 
     def clips(self):
@@ -515,8 +489,7 @@ class Comparison:
     def combinations(self, pairs):
         """No convention, one, or two, the first inside the second."""
         fixed = KNOWN.get(self.name, [])
-        known = [Convention(words, partial(x, **how), "ddof" in how) for words, x, how in fixed]
-        known += self.clips()
+        known = [Convention(words, partial(x, **how)) for words, x, how in fixed] + [*self.clips()]
         options = [(), *((one,) for one in known), *itertools.combinations(known, 2)]
         if "loss" in self.results:
             for few in options[: len(known) + 1]:
@@ -551,7 +524,7 @@ class Comparison:
         """Keep the smallest input on which they differ."""
 
         def fits(case):
-            valid = case.valid and case.dtype in self.way.dtypes
+            valid = case.valid() and case.dtype in self.way.dtypes
             return valid and self.compare_all(conventions, [(case, self.ask(case))])[0].kind == kind
 
         def shrink(case):
@@ -559,10 +532,10 @@ class Comparison:
             return shrink(smaller) if smaller else case
 
         differing = [(case, x.kind) for (case, _), x in zip(pairs, outcomes) if x.kind]
-        differing.sort(key=lambda x: (KINDS.index(x[1]), x[0].largest > 10, x[0].complexity))
+        differing.sort(key=lambda x: (KINDS.index(x[1]), x[0].largest > 10, x[0].complexity()))
         kind = differing[0][1]
         found = [shrink(case) for case, other in differing[:3] if other == kind]
-        case = min(found, key=lambda case: case.complexity)
+        case = min(found, key=Case.complexity)
         (outcome,) = self.compare_all(conventions, [(case, self.ask(case))])
         title = title.format(outcome.part or "answer")
         self.examples.append((title, case, conventions, [outcome.words, *remarks]))
@@ -632,16 +605,16 @@ class Comparison:
         both = self.expect(conventions, case) or self.expect((), case), self.ask(case).found
         parts = [part for part in both[0] if part in both[1]]
         label = max(map(len, parts), default=0) + 2
+        width = 35 - label // 2
         changed = any(one.words != SMALL for one in conventions)
-        rows = [("", ["ours, with that" if changed else "ours"], ["yours"])] * bool(parts)
+        rows = [("", "ours, with that" if changed else "ours", "yours")] * bool(parts)
         for part in parts:
-            texts = (np.array2string(x[part] + 0.0, 35 - label // 2, 4, True) for x in both)
-            rows.append((part, *map(str.splitlines, texts)))
-        middle = max((len(line) for _, ours, _ in rows for line in ours), default=0) + 3
+            rows.append((part, *(np.array2string(x[part] + 0.0, width, 4, True) for x in both)))
+        middle = max((len(line) for _, ours, _ in rows for line in ours.splitlines()), default=0)
         print()
         for row in rows:
-            for name, left, right in itertools.zip_longest([row[0]], *row[1:], fillvalue=""):
-                print(f"    {name:<{label}}{left:<{middle}}{right}".rstrip())
+            for name, left, right in itertools.zip_longest(*map(str.splitlines, row), fillvalue=""):
+                print(f"    {name:<{label}}{left:<{middle + 3}}{right}".rstrip())
         print()
         for remark in remarks:
             say(remark, 4, 6)
@@ -673,7 +646,6 @@ def reach(pairs, outcomes):
 
 
 def say(text, first, rest):
-    """Print a line, wrapped where it is longer than a terminal."""
     print(textwrap.fill(text, 80, initial_indent=" " * first, subsequent_indent=" " * rest))
 
 
@@ -735,7 +707,6 @@ def report(comparisons, options):
 
 
 def main(argv=None):
-    """Compare all that can be compared. Returns the exit code."""
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     add = parser.add_argument

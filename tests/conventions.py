@@ -16,21 +16,16 @@ LITTLE = 0.3  # a deviation beside which every usual epsilon is small
 class Convention(NamedTuple):
     words: str
     change: partial
-    loose: bool = False  # it brings another epsilon
 
 
 def whitened(ours, given, ddof):
-    x, mask = given["x"], given["mask"]
+    """x, or the advantages that gae returns, with a variance of 1."""
+    mask, results = given["mask"], {"whitened": given["x"]} if "x" in given else ours(given)
+    name, x = next(iter(results.items())) if results else ("", np.zeros(mask.shape))
     deviation = x[mask > 0].std(ddof=ddof) if mask.sum() > ddof else 0
     if deviation < LITTLE:
         return None
-    return {"whitened": np.where(mask, x - x[mask > 0].mean(), 0) / deviation}
-
-
-def whitened_inside(ours, given, ddof):
-    results = ours(given)
-    inner = results and whitened(None, {"x": results["advantages"], "mask": given["mask"]}, ddof)
-    return inner and results | {"advantages": inner["whitened"]}
+    return results | {name: np.where(mask, x - x[mask > 0].mean(), 0) / deviation}
 
 
 def grouped(ours, given, ddof):
@@ -132,8 +127,8 @@ KNOWN = {  # the words, the change and what it needs; in a pair the first is ins
     "gae": [
         (f"{PAST}, as in TRL", one_past_the_end, {"reward": False}),
         (f"{PAST}, and its reward, as in TRL", one_past_the_end, {"reward": True}),
-        (f"{INSIDE}; {LEFT_OUT}", whitened_inside, {"ddof": 1}),
-        (f"{INSIDE}, with a variance divided by n; {LEFT_OUT}", whitened_inside, {"ddof": 0}),
+        (f"{INSIDE}; {LEFT_OUT}", whitened, {"ddof": 1}),
+        (f"{INSIDE}, with a variance divided by n; {LEFT_OUT}", whitened, {"ddof": 0}),
     ],
     "grpo_advantages": [
         (SMALL, grouped, {"ddof": 1}),
