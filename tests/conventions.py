@@ -113,6 +113,7 @@ def probe(x, estimator):
 PAST = "one value kept past the end"
 AFTER = "the score on the position after the last token where there is one, as in TRL"
 INSIDE = "advantages whitened inside, as in verl"
+WITHIN = "log ratios within +-20, as in OpenRLHF and verl"
 LEFT_OUT = f"deviations below {LITTLE} are left out"
 SMALL = f"deviations below {LITTLE}, where epsilons and rounding show"
 BY_N = f"a variance divided by n, as in {{}}; {LEFT_OUT}"
@@ -138,11 +139,7 @@ KNOWN = {  # the words, the change and what it needs; in a pair the first is ins
     "whiten": [(SMALL, whitened, {"ddof": 1}), (BY_N.format("OpenRLHF"), whitened, {"ddof": 0})],
     "ppo_loss": [
         ("a second clip at 3 where A < 0, as in verl", clipped_log_ratio, {"highest": 3}),
-        (
-            "log ratios within +-20, as in OpenRLHF and verl",
-            clipped_log_ratio,
-            {"limits": (-20, 20)},
-        ),
+        (WITHIN, clipped_log_ratio, {"limits": (-20, 20)}),
         *PER_RESPONSE,
     ],
     "value_loss": PER_RESPONSE,
