@@ -818,11 +818,9 @@ def init_reward_model(model, rng):
 
 
 def init_models(config, rng, reference=None, reward_model=None):
-    """All four as the loop finds them; random where no trained ones are given.
-
-    Actor and critic begin as the reference. drift sets the actor off it and the
-    critic's head off 0, as training would: or every KL of the first step were 0.
-    """
+    """All four as the loop finds them; random where no trained ones are given. Actor
+    and critic begin as the reference. drift sets the actor off it and the critic's
+    head off 0, as training would: or every KL of the first step were 0."""
     sizes, drift = (config.vocab_size, config.width), np.float32(config.drift)
     reference = reference or init_model(rng, *sizes, config.vocab_size)
     reward_model = reward_model or init_reward_model(reference, rng)
@@ -905,6 +903,8 @@ def exact_kl(logits, reference, prompts, responses):
     """KL(actor || reference), at each position Σ over v of p(v) log(p(v) / q(v)): (B,
     T) in nats, padding not masked. logits (B, T, V) are the actor's."""
     states, _ = predicting_states(reference, prompts, responses)  # (B, T, D)
+    if logits.shape != (*responses.shape, reference["head"].shape[1]):
+        raise ValueError("logits: shape is not (B, T, V)")
     kl = np.empty(responses.shape, dtype=logits.dtype)
     for t in range(responses.shape[1]):  # a position at a time, to save memory
         log_p = log_softmax(logits[:, t])  # (B, V)
@@ -1103,10 +1103,9 @@ def stretch_means(values):
     """Of stretches of steps that double in length, from 0, 1, 3, 7, ... on: their
     starts, means and standard errors, as neighbouring steps differ."""
     starts = 2 ** np.arange(len(values).bit_length()) - 1
-    lengths = np.diff([*starts, len(values)])
+    sizes = np.diff([*starts, len(values)])
     deviation = np.sqrt(np.mean(np.diff(values) ** 2) / 2)  # of one step
-    means = np.add.reduceat(values, starts) / lengths
-    return starts, means, deviation / np.sqrt(lengths)
+    return starts, np.add.reduceat(values, starts) / sizes, deviation / np.sqrt(sizes)
 
 
 def gain_shares(start, reached, beta, every_prompt):
@@ -1460,8 +1459,7 @@ def training_page(run):
     config, history = run["config"], run["history"]
     starts, clipped, _ = stretch_means(history["policy/clipfrac_avg"])
     ends = [*starts[1:], config.steps]
-    spans = zip(starts + 1, ends)
-    columns = {"step": [f"{a}-{b}" if a < b else str(b) for a, b in spans]}
+    columns = {"step": [f"{a}-{b}" for a, b in zip(starts + 1, ends)]}
     shown = [head for head, metric in METRICS.items() if metric in history]
     columns |= {head: stretch_means(history[METRICS[head]])[1] for head in shown}
     columns["clipped"] = [f"{share:.1%}" for share in clipped]
@@ -1506,8 +1504,7 @@ def outcome_page(runs):
     β is the price of KL, of writing unlike the reference, which wrote words:
   reference     {runs[0]["start"]}"""
         for run in runs:
-            text += f"\n  {run['label']:12}  {run['words']}"
-            text += f"\n    {what_happened(run['history'])}"
+            text += f"\n  {run['label']:12}  {run['words']}\n    {what_happened(run['history'])}"
         text += "\n    That was training; what follows is of fresh responses:"
     outcomes = [run["outcome"] for run in runs]
     known = [head for head in METRICS if head.lower() in outcomes[0]]
@@ -1586,9 +1583,8 @@ def read_command_line(argv):
 
 def meant(name, names):
     """A question for a name that is not known: by its initials, or alike."""
-    name = name.lower()
     near = [known for known in names if re.sub(r"\B\w|\b-", "", known) == name]
-    near += difflib.get_close_matches(name, names, cutoff=0.5)
+    near += difflib.get_close_matches(name.lower(), names, cutoff=0.5)
     return f"; did you mean {near[0]}?" if near else ""
 
 
@@ -1605,6 +1601,8 @@ def refuse(given, configs):
         ("pause", sys.stdin and sys.stdin.isatty(), "in a terminal"),
         ("beta advantage", config.steps > several, "with one value, or --steps"),
         ("beta advantage", len(set(configs)) == len(configs), "with each value once"),
+        ("theme", "export" in given, "with --export"),
+        ("show", len(given) == 1, "alone"),
     ]
     for name, endings in ("save", [".npz"]), ("export", [".svg", ".html", ".txt"]):
         path, files = given.get(name, Path(f"x{endings[0]}")), " or ".join(endings)
@@ -1740,10 +1738,10 @@ def saved(configs, arrays, runs):
 
 def exported(path, theme, parts):
     """What was shown, as the bytes of a file of path's kind."""
-    console = make_console(theme, record=True, file=io.StringIO())
+    console = make_console(theme or "dark", record=True, file=io.StringIO())
     for part in parts:
         console.print(part)
-    colours = {"light": DEFAULT_TERMINAL_THEME, "dark": MONOKAI}[theme]
+    colours = DEFAULT_TERMINAL_THEME if theme == "light" else MONOKAI
     if path.suffix == ".svg":
         return console.export_svg(title="rlhf_loop_pseudo", theme=colours).encode()
     if path.suffix == ".txt":
@@ -1782,11 +1780,13 @@ def main(argv=None):
                 console.print(part)
             sys.stdout.flush()
         finally:  # what an interrupted run has computed is kept, too
-            if "save" in given:
-                given["save"].write_bytes(saved(configs, arrays, runs))
-            if "export" in given:
-                theme = given.get("theme", "dark")
-                given["export"].write_bytes(exported(given["export"], theme, shown))
+            try:
+                if "save" in given:
+                    given["save"].write_bytes(saved(configs, arrays, runs))
+            finally:
+                if "export" in given:
+                    picture = exported(given["export"], given.get("theme"), shown)
+                    given["export"].write_bytes(picture)
     except (KeyboardInterrupt, EOFError):
         print("\nInterrupted.")
         return 130

@@ -51,15 +51,20 @@ def once(function):
 # Files
 
 
-def test_a_full_disk_is_no_traceback(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("full", ["x.npz", "x.txt"])
+def test_a_full_disk_loses_one_file_only(full, tmp_path, capsys, monkeypatch):
+    original = Path.write_bytes
+
     def write_bytes(path, data):
-        raise OSError(28, "No space left on device", str(path))
+        if full in path.name:
+            raise OSError(28, "No space left on device")
+        return original(path, data)
 
     monkeypatch.setattr(Path, "write_bytes", write_bytes)
-    for flag in ("--save=x.npz", "--export=x.txt"):
-        assert run(*TINY.split(), flag) == 1
-        error = capsys.readouterr().err
-        assert re.fullmatch(r"rlhf_loop_pseudo.py: .*No space left.*\n", error)
+    files = [f"--save={tmp_path / 'x.npz'}", f"--export={tmp_path / 'x.txt'}"]
+    assert run(*TINY.split(), *files) == 1
+    assert re.fullmatch(r"rlhf_loop_pseudo.py: .*No space left.*\n", capsys.readouterr().err)
+    assert {"x.npz", "x.txt"} - {*os.listdir(tmp_path)} == {full}
 
 
 def test_a_place_that_cannot_be_written_is_refused_before_any_work(tmp_path, monkeypatch, capsys):

@@ -68,7 +68,7 @@ def test_transcript_of_a_training(several):
 def test_rows_are_means_over_stretches_that_double():
     rows = rows_of(loop.training_page(made_run()))
     assert rows == [
-        "1 1.00 0.50 0.97 0.00 1.0% aat. aot.".split(),
+        "1-1 1.00 0.50 0.97 0.00 1.0% aat. aot.".split(),
         "2-3 2.50 0.62 0.92 2.50 2.5% cat. cot.".split(),
         "4-7 5.50 0.66* 0.83 21.50 5.5% gat. got.".split(),
     ]
@@ -239,9 +239,9 @@ def test_each_run_is_as_it_would_be_alone_and_shows_its_own(several, tmp_path):
     pages = text.split("\n=== ")
     assert alone_text.split("\n=== ")[1].split("The human's")[0] in pages[-1]
     for run, page in enumerate(pages[1:]):
-        first = next(line for line in page.splitlines() if line.split()[:1] == ["1"])
+        first = next(line for line in page.splitlines() if line.split()[:1] == ["1-1"])
         names = ["objective/scores", "objective/human_scores", "val/words", "objective/kl"]
-        assert all(map(rounds, numbers(first)[1:5], [data[n][run, 0] for n in names], [2] * 4))
+        assert all(map(rounds, numbers(first)[2:6], [data[n][run, 0] for n in names], [2] * 4))
 
 
 def test_a_drift_that_was_asked_for_is_kept(tmp_path):
