@@ -90,7 +90,7 @@ class Config:
     group_size: Annotated[int, "responses to each prompt, with rloo and grpo"] = 4
     gamma: Annotated[float, "discount per token, with gae"] = 1.0
     lam: Annotated[float, "GAE's lambda, per token"] = 0.95
-    clip: Annotated[float, "PPO's epsilon: a ratio past 1 +- it gains nothing"] = 0.2
+    clip: Annotated[float, "PPO's epsilon: no gain beyond a ratio of 1 +- it"] = 0.2
     ppo_epochs: Annotated[int, "updates on each batch"] = 4
     learning_rate: Annotated[float, "Adam's, falling to 0 over the steps"] = 5e-4
     drift: Annotated[float, "how far the actor starts off the reference"] = 0.75
@@ -115,9 +115,9 @@ class Config:
             if ("whole" in rule and not isinstance(value, int)) or not holds(value):
                 raise ValueError(f"--{name.replace('_', '-')}: {value} is not {rule}")
         if self.advantage != "gae" and self.batch_size % self.group_size:
-            raise ValueError("--batch-size: is not a whole number of --group-size")
+            raise ValueError("--batch-size: is no multiple of --group-size")
         if self.readable and self.prompt_length != 1:
-            raise ValueError("--prompt-length: is 1 where the 27 tokens are letters")
+            raise ValueError("--prompt-length: must be 1 where tokens are letters")
 
     @property
     def readable(self):
@@ -482,7 +482,7 @@ def ppo_loss(new_logprobs, old_logprobs, advantages, mask, clip):
 
 
 def is_clipped(ratio, advantages, clip):
-    """True where PPO's clip stops the gradient; its mean is the clip fraction."""
+    """True where PPO's clip stops the gradient; of real tokens, the clip fraction."""
     return ratio * advantages > np.clip(ratio, 1 - clip, 1 + clip) * advantages
 
 
@@ -554,9 +554,9 @@ def adam_step(params, gradients, state, learning_rate):
     gradients = {name: np.asarray(g) for name, g in gradients.items()}
     for name, g in gradients.items():
         if name not in params or g.shape != params[name].shape:
-            raise ValueError(f"{name}: is no parameter, or of another shape")
+            raise ValueError(f"{name}: is no parameter, or its shape differs")
         if params[name].dtype.kind != "f":
-            raise ValueError(f"{name}: parameters are to be floats")
+            raise ValueError(f"{name}: parameters must be floats")
     if not state:
         kinds = {k: np.result_type(g, np.float32) for k, g in gradients.items()}
         zeros = {k: np.zeros(g.shape, kinds[k]) for k, g in gradients.items()}
@@ -601,7 +601,7 @@ def demonstrations(words, config):
     length = 1 + config.response_length
     texts = [word.ljust(length, ".") for word in words if len(word) < length]
     if not texts:
-        raise ValueError("--response-length: no word with its end token is so short")
+        raise ValueError("--response-length: no word fits, with its end token")
     texts = [[LETTERS.index(letter) for letter in text] for text in texts]
     prompts, responses = np.split(np.array(texts), [1], axis=1)  # (N, 1), (N, T)
     ends = np.cumsum(responses == LETTERS.index("."), axis=1)
@@ -707,7 +707,7 @@ def preference_loss(chosen, rejected):
     """
     if np.shape(chosen) != np.shape(rejected) or not np.size(chosen):
         raise ValueError("chosen, rejected: shapes differ, or no pair")
-    lead = 1.0 * np.asarray(rejected) - np.asarray(chosen)  # of the wrong one
+    lead = 1.0 * np.asarray(rejected) - np.asarray(chosen)  # of the rejected one
     losses = np.logaddexp(0, lead)  # -log sigmoid(x) = log(1 + exp(-x))
     d_rejected = np.exp(lead - losses) / losses.size  # a sigmoid
     return losses.mean(), -d_rejected, d_rejected
@@ -718,10 +718,9 @@ def preference_loss(chosen, rejected):
 def reward_gradients(reward_model, prompts, responses, mask):
     """Gradients of preference_loss for the reward model.
 
-    prompts (2 N, P), responses, mask (2 N, T), the chosen first, as
-    collect_preferences returns them. Returns (gradients, loss): keyed like the
-    parameters, scalar. Raises ValueError as score_responses does. Source:
-    InstructGPT, equation 1, chain rule.
+    prompts (2 N, P), responses, mask (2 N, T) of collect_preferences, the chosen
+    first. Returns (gradients, loss): keyed like the parameters, scalar. Raises
+    ValueError as score_responses does. Source: InstructGPT, equation 1, chain rule.
     """
     head, tokens = reward_model["head"], token_ids(reward_model, prompts, responses)
     hidden, cache = backbone(reward_model, tokens)  # (2 N, P + T, D)
@@ -802,12 +801,12 @@ def init_weights(rng, rows, columns, deviation):
     return centered * np.float32(12**0.5 * deviation)
 
 
-def init_model(rng, vocab_size, width, out_width, scale=1.0):
+def init_model(rng, vocab_size, width, out_width):
     """Draw a model in float32: embed (V, D), mix (D, D), head (D, out_width)."""
     return {  # context outweighs the token, so that late states know the whole text
         "embed": init_weights(rng, vocab_size, width, 0.1),
         "mix": init_weights(rng, width, width, 5 / width**0.5),
-        "head": init_weights(rng, width, out_width, scale / width**0.5),
+        "head": init_weights(rng, width, out_width, 1 / width**0.5),
     }
 
 
@@ -820,7 +819,7 @@ def init_reward_model(model, rng):
 def init_models(config, rng, reference=None, reward_model=None):
     """All four as the loop finds them; random where no trained ones are given. Actor
     and critic begin as the reference. drift sets the actor off it and the critic's
-    head off 0, as training would: or every KL of the first step were 0."""
+    head off 0, as training would: else the first KL would be 0."""
     sizes, drift = (config.vocab_size, config.width), np.float32(config.drift)
     reference = reference or init_model(rng, *sizes, config.vocab_size)
     reward_model = reward_model or init_reward_model(reference, rng)
@@ -993,14 +992,14 @@ np.empty(32_000_000, dtype=np.uint8)
 
 
 def real_mean(x, mask):
-    """Mean over the real tokens of x (..., B, T), which is 0 at padding. (...)."""
+    """Mean over the real tokens of what is 0 at padding, (..., B, T) -> (...)."""
     return x.sum(axis=(-2, -1)) / np.count_nonzero(mask)
 
 
 def judge_stages(untrained, reference, reward_model, config, rng):
     """What both stages before the loop reached, on fresh responses: arrays by name.
 
-    best_loss, in nats a token: of k words with one first letter each has p = 1 / k.
+    best_loss, in nats a token: where k words share a first letter each has p = 1 / k.
     accuracy: the share of pairs whose chosen response scores higher, a tie half.
     """
     letters, _, real = demonstrations(WORDS, config)
@@ -1063,8 +1062,7 @@ def check_finite(models, data, step):
     losses = [*data["actor_loss"], *data["critic_loss"]]
     sound = np.isfinite(losses).all() and all((abs(w) < 1e6).all() for w in learned)
     if not sound or np.isin(data["ratio"][-1][data["mask"] != 0], [0, np.inf]).all():
-        advice = "lower --learning-rate, --beta or --drift"
-        raise FloatingPointError(f"step {step} diverged: {advice}")
+        raise FloatingPointError(f"step {step} diverged; lower --learning-rate")
 
 
 def step_metrics(data, config, step):
@@ -1145,8 +1143,8 @@ def attainable_gain(models, config, rng, response_count=512):
 
     No policy exceeds J_star = E over prompts of β log E[exp(score / β)], over the
     reference's responses (Korbak et al. 2022; Rafailov et al. 2023, equation 4).
-    From response_count fresh responses to every prompt where prompts are letters, or
-    to 32 drawn ones. Returns floats by name; {} where it would take long.
+    From response_count fresh responses to every prompt where there are at most 32,
+    else to 32 drawn ones. Returns floats by name; {} where it would take long.
     """
     length, eos_token = config.response_length, config.vocab_size - 1
     every_prompt = config.prompt_length == 1 and config.vocab_size <= 33
@@ -1222,7 +1220,7 @@ class Styled(RegexHighlighter):
 
 
 def make_console(styles="terminal", **options):
-    """A console of 80 columns that styles texts, and neither wraps nor cuts them."""
+    """A console of 80 columns that styles texts and wraps none."""
     quiet, *colours = STYLES[styles]
     theme = {owner: f"not dim {colour}" for owner, colour in zip(OWNERS, colours)}
     theme |= {"title": "bold", "quiet": quiet, "figure": "bold not dim"}
@@ -1237,7 +1235,7 @@ def table(columns, star=None):
         texts = [x if isinstance(x, str) else fixed(x) for x in values]
         if head == star:
             texts[np.argmax(values)] += "*"
-        justify = "right" if texts[0][:1] in "-0123456789" else "left"
+        justify = "right" if re.match(r"-|\d", "".join(texts)) else "left"
         grid.add_column(styled(head), justify=justify, no_wrap=True)
         cells.append(texts)
     for row in zip(*cells):
@@ -1246,14 +1244,14 @@ def table(columns, star=None):
 
 
 def fixed(value, digits=2, error=None):
-    """A number with so many decimals, never a negative zero; a dash for none."""
+    """A number with these decimals, never a negative zero; a dash for NaN."""
     text = f"{round(float(value), digits) + 0.0:.{digits}f}"
     text += "" if error is None else f" ± {error:.{digits}f}"
     return "-" if np.isnan(value) else text
 
 
 def listed(values, most=4, form=fixed):
-    """As in [0.73, 0.45, …, 0.62]."""
+    """As in [0.73, 0.45, 0.91, …, 0.62], with most of 4."""
     texts = [form(value) for value in values]
     if len(texts) > most:
         texts[most - 1 : -1] = ["…"]
@@ -1281,16 +1279,16 @@ def stages_page(seen, config):
     columns = {"": ["chosen", "rejected"] * 3, "word": [words[row] for row in rows]}
     columns |= {"human": seen["human"][rows], "score": seen["scores"][rows]}
     text = f"""Stage 1: Fine-tuning on {len(WORDS)} words that a human wrote
-  Loss: {tuning[0]:.2f} -> {tuning[-20:].mean():.2f}\tnats a letter (a bit is 0.69 nats)
+  Loss: {tuning[0]:.2f} -> {tuning[-20:].mean():.2f}\tnats per letter (a bit is 0.69 nats)
   Best possible: {seen["fine_tuning/best_loss"]:.2f}\tthe first letter leaves a choice
   Real words: {seen["fine_tuning/words"]:.1%}\tof what it writes are words it was shown
     A prompt is a first letter; a . ends a word. What it wrote before and after:
     {" ".join(before)}
-    {" ".join(words[:8])}
+    {" ".join(words[:4] + words[pairs : pairs + 4])}
     This is the reference from now on, and the actor begins as its copy.
 
 Stage 2: A reward model that learns from a human's choices
-  Choices between two: {config.preference_pairs}\tby the human's opinion, and some chance
+  Preference pairs: {config.preference_pairs}\tchosen by the human's opinion, with noise
   Loss: {choosing[:20].mean():.3f} -> {choosing[-20:].mean():.3f}\t-log sigmoid(chosen - rejected)
   Fresh pairs right: {right:.1%}\t± {(right * (1 - right) / pairs) ** 0.5:.1%}, of noisy choices
     The human likes vowels and consonants evenly mixed, no letter twice: from 0
@@ -1333,13 +1331,13 @@ def step_pages(data, config):
   Reference forward pass...
   Reference log probs: {preview("ref_logprobs")}
   KL divergence per token: {mask.shape}\t{listed(data["kl"][0][real], 3)}
-  Mean KL: {mean("kl")}\tnats a token, by {config.kl_estimator}
+  Mean KL: {mean("kl")}\tnats per token, by {config.kl_estimator}
   Exact KL: {mean("exact_kl")}\tall {config.vocab_size} tokens; too slow to train with
     KL: how far the actor is from the reference. At its start that would be 0;
     this one was moved by --drift {config.drift:g}, as if training had begun.
     From the sampled token alone, in the mean {mean("k1")} {mean("k2")} {mean("k3")}:
-    k1 = log p_actor - log p_reference, k2 = k1²/2, k3 = exp(-k1) - 1 + k1.
-    {WHY[3]} k1 is, on {real_mean(data["k1"] < 0, mask):.0%} of them:
+    k1 = log p_actor - log p_reference, k2 = k1^2/2, k3 = exp(-k1) - 1 + k1.
+    {WHY[3]} k1 is, on {real_mean(data["k1"] < -1e-5, mask):.0%} of them:
     those likelier under the reference. As a reward only k1 has KL's gradient.
 """
     score, kl, totals = data["scores"][0], data["kl"][0].sum(), data["rewards"].sum(1)
@@ -1381,19 +1379,19 @@ def step_pages(data, config):
     columns = {"epoch": [str(epoch + 1) for epoch in range(len(ratios))]}
     columns["ratio"] = [f"{r.min():.3f} .. {r.max():.3f}" for r in ratios]
     columns["clipped"] = [f"{share:.1%}" for share in shares]
-    answer, formula = "", "mean of -min(ratio * A, clipped ratio * A)"
-    for owner in ("actor", "critic") if "values" in data else ("actor",):
+    answer, policy = "", "mean of -min(ratio * A, clipped ratio * A)"
+    for owner, formula in ("actor", policy), ("critic", "mean of (value - return)^2"):
         losses = data[f"{owner}_loss"]
-        columns[f"{owner} loss"] = [fixed(loss, 4) for loss in losses]
-        answer += f"  {owner.title()} loss: {fixed(losses[-1], 3)}\t{formula}\n"
-        formula = "mean of (value - return)²"
+        if losses.size:  # rloo and grpo have no critic
+            columns[f"{owner} loss"] = [fixed(loss, 4) for loss in losses]
+            answer += f"  {owner.title()} loss: {fixed(losses[-1], 3)}\t{formula}\n"
     text = f"""Step 7: PPO update
   Ratio = exp(new_log_prob - old_log_prob)
   Clipped ratio: clip(ratio, {low:g}, {high:g})"""
-    answer += f"""    A: step 6's last. {WHY[6]}
-    At first the weights are those that generated; the loss is minus the mean of
-    A, about 0; its gradient is not. Clipped are ratios above {high:g} where A > 0,
-    below {low:g} where A < 0: they gain no more, so the update does not chase them.
+    answer += f"""    A: advantage. {WHY[6]}
+    At first the weights are those that generated, so the loss is minus the mean
+    of A, yet has a gradient. Clipped are ratios above {high:g} where A > 0, below
+    {low:g} where A < 0: they gain no more, so the update does not chase them.
 
   Update complete!
 """
@@ -1401,7 +1399,7 @@ def step_pages(data, config):
 
 
 def effect_page(data, config):
-    """What the update did to the first four responses."""
+    """What the update did to the first four responses, and to how many of all."""
     before, after = data["old_logprobs"].sum(axis=1), data["new_logprobs"].sum(axis=1)
     advantages = data["whitened"].sum(axis=1) / np.count_nonzero(data["mask"], axis=1)
     columns = {"response": texts_of(data["prompts"], data["responses"], config, 10)}
@@ -1412,8 +1410,8 @@ def effect_page(data, config):
         columns["chance"] = [f"{old:.2%} -> {new:.2%}" for old, new in chances]
     columns = {head: cells[:4] for head, cells in columns.items()}
     followed = np.mean((advantages > 0) == (after > before))
-    note = f"""    mean A: of the advantage that acts. What was better than expected became
-    more probable, what was worse less so: RLHF. {followed:.0%} did; others share tokens.
+    note = f"""    mean A: of the advantage that acts. Where it is above 0 the log prob should
+    rise, else fall: that is RLHF. It did so for {followed:.0%} of all responses.
 """
     return Group("What the update did", table(columns), note)
 
@@ -1436,22 +1434,22 @@ def response_page(data, config, row):
 
 
 def what_happened(history):
-    """A verdict on a training: hacked, where the human ends less content than at first
-    by three standard errors; words lost, where less than 0.7 of them are left; better
-    liked, where the human's opinion ends at 0.9 or more. All by stretches of steps."""
+    """A verdict on a training: hacked, where the human ends less content than it began;
+    words lost, where less than 0.7 of them are left; better liked, where the human ends
+    more content. More or less by three standard errors, and by 0.005 at least."""
     _, human, noise = stretch_means(history["objective/human_scores"])
     _, words, _ = stretch_means(history["val/words"])
     margin = max(3 * math.hypot(noise[0], noise[-1]), 0.005)
-    verdict = "Moved little"
+    verdict = "No clear change"
     if human[-1] < human[0] - margin:
         verdict = "Reward hacking"
     elif words[-1] < 0.7 * words[0]:
         verdict = "Words are being lost"
-    elif human[-1] >= max(0.9, human[0] + margin):
+    elif human[-1] > human[0] + margin:
         verdict = "Better liked, in words"
-    start, best, end = map(fixed, (human[0], human.max(), human[-1]))
-    words = f"words {fixed(words[0])} to {fixed(words[-1])}"
-    return f"{verdict}: human {start}, best {best}, end {end}; {words}"
+    figures = human[0], human.max(), human[-1], words[0], words[-1]
+    start, best, end, was, now = map(fixed, figures)
+    return f"{verdict}: human {start}, best {best}, end {end}; words {was} to {now}"
 
 
 def training_page(run):
@@ -1466,7 +1464,7 @@ def training_page(run):
     columns["two responses"] = [run["texts"][end - 1] for end in ends]
     text = f"""=== RLHF Training, {run["label"]} ===
     {config.steps} steps of {config.batch_size} responses; rows are means over stretches of steps.
-    score: of the reward model; KL: nats a response; clipped: share of tokens."""
+    score: of the reward model; KL: nats per response; clipped: share of tokens."""
     if config.readable:
         text += "\n    human: its opinion, 0 to 1, * best; words: share of real ones."
     return Group(text, table(columns, star="human"), "")
@@ -1489,7 +1487,7 @@ def chart_page(runs, width=60, height=9):
     grid[rows, columns] = marks
     labels = [fixed(high), *[""] * (height - 2), fixed(low)]
     chart = "".join(f"  {y:>6} │{''.join(row)}\n" for y, row in zip(labels, grid))
-    end = f"KL in nats, on a scale of square roots: to {x.max() ** 2:.1f}"
+    end = f"KL in nats per response, square-root scale: 0 to {x.max() ** 2:.1f}"
     chart += f"         └{'─' * width}\n          {end:>{width}}{legend}\n"
     return Group(
         "The human's opinion over KL, from the start at the left", Text(chart)
@@ -1511,16 +1509,16 @@ def outcome_page(runs):
     means = {head: [of[head.lower()] for of in outcomes] for head in known}
     names = "J_start", "J", "J_star", "share"
     theory = {n: [fixed(o[n], 3, o[f"{n}_error"]) for o in outcomes] for n in names}
-    note = """    J = score - β * KL is maximised; J_start: the reference's, J_star: the best
-    possible; share: of the way between. A dash: β is 0, or chance hides J_star.
+    note = """    J = score - β * KL is what training maximises; J_start: the reference's,
+    J_star: the best; share = (J - J_start) / (J_star - J_start); -: not clear.
 """
     for beta in dict.fromkeys(run["config"].beta for run in runs):
         same = [run["outcome"] for run in runs if run["config"].beta == beta]
-        low, *_, high = sorted(same * 2, key=lambda outcome: outcome["J"])
-        gap, noise = high["J"] - low["J"], math.hypot(low["J_error"], high["J_error"])
-        than = "more" if gap > 2 * noise else "not more"
         if len(same) > 1:
-            note += f"    At β {beta:g} advantages differ in J by {gap:.3f} ± {noise:.3f}, "
+            best, errors = zip(*sorted((o["J"], o["J_error"]) for o in same))
+            gap, noise = best[-1] - best[0], math.hypot(errors[-1], errors[0])
+            than = "more" if gap > 2 * noise else "not more"
+            note += f"    At β {beta:g}, this seed: J differs by {gap:.3f} ± {noise:.3f}, "
             note += f"{than} than chance\n"
     return Group(text, table(labels | means, "human"), table(labels | theory), note)
 
@@ -1591,26 +1589,27 @@ def meant(name, names):
 def refuse(given, configs):
     """Raises ValueError where something cannot be, or would have no effect."""
     config, rows = configs[0], range(configs[0].batch_size)
-    several, by = len(configs) > 1, {config.advantage for config in configs}
+    by = {config.advantage for config in configs}
+    many = " ".join(n for n in ("beta", "advantage") if len(given.get(n, [])) > 1)
     rules = [  # flags, whether they work here, and how they would
         ("gamma lam", "gae" in by, "with --advantage gae"),
         ("group_size", by != {"gae"}, "with --advantage rloo or grpo"),
         ("preference_pairs", config.readable, "with --preset letters"),
         ("inspect pause", config.steps == 1, "in a walk-through, without --steps"),
-        ("inspect", given.get("inspect", 0) in rows, f"with a row up to {rows[-1]}"),
+        ("inspect", given.get("inspect", 0) in rows, f"with rows 0 to {rows[-1]}"),
         ("pause", sys.stdin and sys.stdin.isatty(), "in a terminal"),
-        ("beta advantage", config.steps > several, "with one value, or --steps"),
-        ("beta advantage", len(set(configs)) == len(configs), "with each value once"),
+        (many, config.steps > 1, "with one value, or --steps"),
+        (many, len(set(configs)) == len(configs), "with each value once"),
         ("theme", "export" in given, "with --export"),
         ("show", len(given) == 1, "alone"),
     ]
     for name, endings in ("save", [".npz"]), ("export", [".svg", ".html", ".txt"]):
-        path, files = given.get(name, Path(f"x{endings[0]}")), " or ".join(endings)
-        fits = path.suffix in endings and os.access(path.parent, os.W_OK)
-        rules.append((name, fits, f"with a file {files} in a folder to write to"))
+        path, kinds = given.get(name, Path()), " or ".join(endings)
+        fits = path.suffix in endings and os.access(path.parent, os.W_OK | os.X_OK)
+        rules.append((name, fits, f"with a {kinds} file in a writable folder"))
     for flags, works, how in rules:
-        for name in given.keys() & set(flags.split()):
-            if not works:
+        for name in flags.split():
+            if name in given and not works:
                 raise ValueError(f"--{name.replace('_', '-')}: works only {how}")
     if config.readable:
         demonstrations(WORDS, config)
@@ -1623,7 +1622,7 @@ def refuse(given, configs):
 
 
 def source_of(name):
-    """A function, in any case, or those of a step, with all that they need to run."""
+    """A function, in upper or lower case, or a step's, with all that they need to run."""
     docs = {n: str(x.__doc__) for n, x in globals().items() if inspect.isfunction(x)}
     wanted = [known for known in docs if known.lower() == name.lower()]
     wanted = wanted or [n for n in docs if docs[n].startswith(f"Step {name}")]
@@ -1651,8 +1650,8 @@ def opening_pages(title, configs, arrays):
     """The data flow, and the stages before the loop; returns what init_models takes."""
     critic, config = any(c.advantage == "gae" for c in configs), configs[0]
     yield f"""=== {title} ==={PICTURE if critic else PICTURE_WITHOUT_CRITIC}\
-    The actor writes and learns, the reference is as it began. A forward pass
-    computes, for each position, the chances of the next token.
+    The actor writes and learns, the reference is its frozen start. A forward
+    pass computes, for each position, the probabilities of the next token.
 """
     if not config.readable:
         return ()
@@ -1671,6 +1670,8 @@ def one_step_pages(given, config, arrays):
     pages = step_pages(arrays, config)
     for question, stage in zip(WHY, walk_through(models, config, rng)):
         arrays |= stage
+        answer = next(pages)
+        arrays.pop("logits", None)  # only shown, and the largest of all
         if "pause" in given:
             yield f"  {question}"
             if sys.platform != "win32":  # forget what was pressed before
@@ -1678,8 +1679,7 @@ def one_step_pages(given, config, arrays):
 
                 termios.tcflush(sys.stdin, termios.TCIFLUSH)
             input("  [Enter] ")
-        yield next(pages)
-        arrays.pop("logits", None)  # only shown, and the largest of all
+        yield answer
     if config.readable or "inspect" in given:
         yield response_page(arrays, config, given.get("inspect", 0))
     yield effect_page(arrays, config)
@@ -1704,7 +1704,7 @@ def train_and_watch(run, models):
     """Train, with a bar in a terminal; run gets metrics, texts and outcome."""
     config, history, hidden = run["config"], run["history"], not sys.stdout.isatty()
     rngs = [np.random.default_rng([config.seed, stream]) for stream in (2, 3)]
-    steps, console = train(models, config, rngs[0]), make_console(quiet=hidden)
+    steps, console = train(models, config, rngs[0]), Console(quiet=hidden)
     live = track(steps, run["label"], config.steps, console=console, transient=True)
     for step, (metrics, data) in enumerate(live):
         for name, value in metrics.items():
@@ -1713,10 +1713,10 @@ def train_and_watch(run, models):
         run["texts"].append(" ".join(texts))
     run["outcome"] = attainable_gain(models, config, rngs[1])
     if config.readable:
-        prompts, length = np.arange(0, 26, 5)[:, None], config.response_length
+        prompts, eos = np.arange(0, 26, 5)[:, None], config.vocab_size - 1
         for name, model in ("start", models.reference), ("words", models.actor):
             rng = np.random.default_rng([config.seed, 4])
-            responses, *_ = generate(model, prompts, length, rng, 26)
+            responses, *_ = generate(model, prompts, config.response_length, rng, eos)
             run[name] = " ".join(texts_of(prompts, responses, config, 8))
 
 

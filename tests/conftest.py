@@ -23,8 +23,9 @@ settings.load_profile("steady")
 
 def small_model(rng, vocab_size=7, width=5, out_width=None, scale=3.0):
     """A model in float64, big enough in all its weights to leave the linear range."""
-    model = loop.init_model(rng, vocab_size, width, out_width or vocab_size, scale)
-    return {name: np.float64(w) * (5 if name == "embed" else 1) for name, w in model.items()}
+    model = loop.init_model(rng, vocab_size, width, out_width or vocab_size)
+    scales = {"embed": 5.0, "mix": 1.0, "head": scale}
+    return {name: np.float64(weights) * scales[name] for name, weights in model.items()}
 
 
 def one_head(model):
