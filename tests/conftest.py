@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import itertools
 import math
 import os
 import re
@@ -310,13 +309,6 @@ def after(text, start):
     """What follows in the first line that begins so."""
     lines = map(str.strip, text.splitlines())
     return next(line for line in lines if line.startswith(start))[len(start) :]
-
-
-def table_below(text, *heads):
-    """The rows of words below the line that begins with these heads, to the next empty one."""
-    lines = iter(text.splitlines())
-    next(line for line in lines if line.split()[: len(heads)] == list(heads))
-    return [line.split() for line in itertools.takewhile(lambda line: line[:4].strip(), lines)]
 
 
 def rounds(printed, value, digits):
