@@ -230,6 +230,19 @@ def test_without_a_critic_a_group_is_compared(method):
     assert not re.search("critic loss|GAE|values?:", pages, re.I)
 
 
+def test_of_many_responses_the_first_are_shown(tmp_path):
+    sizes = "--vocab-size 12 --batch-size 8 --prompt-length 3 --response-length 5 --width 4"
+    text, data = shown(f"{sizes} --advantage rloo --group-size 2", tmp_path)
+    opening, walk = text.split("Step 1")
+    assert "critic" not in opening  # none is drawn where there is none
+    totals = data["rewards"].sum(axis=1)
+    assert f" {loop.listed(totals[:2])}\n" in walk  # the group of the first prompt
+    assert f" {loop.listed(data['advantages'][:2, 0])}\n" in walk
+    effect = [line.split("]")[1] for line in walk.splitlines() if line.startswith("  [")]
+    assert all(map(rounds, [numbers(line)[0] for line in effect], totals[:4], [2] * 4))
+    assert len(effect) == 4
+
+
 def test_what_the_update_did():
     config, names = LETTERS, ["0.62", "1.50", "-0.88", "-0.62", "0.25", "41.69%", "->", "53.53%"]
     data = by_hand(config) | {"rewards": np.array([[0.125, 0, 0.5, 0], [0, -0.0001, 0, 0]])}
@@ -245,19 +258,21 @@ def test_what_the_update_did():
     assert holds(cells(loop.effect_page(opposite, config)), 50)
     lines = cells(loop.effect_page(data, NUMBERS))
     assert ["[0,", "19,", "…,", "26]", *names[:5]] in lines
-    long = data | {"responses": np.full((2, 20), 1)}
-    assert ["cbbbbbbbbb…", *names] in cells(loop.effect_page(long, config))
+    long = np.full((2, 20), 1)
+    long[1, 9:] = 26
+    lines = cells(loop.effect_page(data | {"responses": long}, config))
+    assert [line[0] for line in lines if "->" in line] == ["cbbbbbbbbb…", "dbbbbbbbbb."]
 
 
 @pytest.mark.parametrize(
-    ("config", "row", "tokens", "ratios"),
+    ("config", "row", "response", "tokens", "ratios"),
     [
-        (LETTERS, 0, "at.", ["0.50", "1.38*", "0.75"]),  # of the last epoch
-        (NUMBERS, 0, ["0", "19", "39"], ["0.50", "1.38*", "0.75"]),
-        (LETTERS, 1, "o.", ["1.25*", "1.50"]),
+        (LETTERS, 0, "cat.", "at.", ["0.50", "1.38*", "0.75"]),  # of the last epoch
+        (NUMBERS, 0, "[0, 19, …, 39]", ["0", "19", "39"], ["0.50", "1.38*", "0.75"]),
+        (LETTERS, 1, "do.", "o.", ["1.25*", "1.50"]),
     ],
 )
-def test_a_response_token_by_token(config, row, tokens, ratios):
+def test_a_response_token_by_token(config, row, response, tokens, ratios):
     data = by_hand(config)
     title, _, *lines = cells(loop.response_page(data, config, row))
     rows = lines[: len(tokens)]
@@ -270,17 +285,18 @@ def test_a_response_token_by_token(config, row, tokens, ratios):
     assert [line[-1] for line in rows] == ratios
     assert holds([title], row)
     assert holds([title], data["scores"][row])
+    assert f" {response}," in " ".join(title)
 
 
 def test_the_stages_before_the_loop():
-    eos, words = 26, ["cat", "dog", "bee", "hen", "cow", "ant"]
+    eos, words = 26, ["fox", "cat", "dog", "bee", "fox", "hen", "cow", "ant"]
     tokens = np.array([[ord(letter) - 97 for letter in word] + [eos] for word in words])
     seen = {
         "preferences/prompts": tokens[:, :1],
         "preferences/responses": tokens[:, 1:],
-        "preferences/mask": np.ones((6, 3)),
-        "preferences/human": np.array([0.25, 0.5, 0.75, 0.125, 0.375, 0.625]),
-        "preferences/scores": np.array([1.5, -0.001, 2.5, -1.25, -0.75, 0.5]),
+        "preferences/mask": np.ones((8, 3)),
+        "preferences/human": np.array([0, 0.25, 0.5, 0.75, 0, 0.125, 0.375, 0.625]),
+        "preferences/scores": np.array([0, 1.5, -0.001, 2.5, 0, -1.25, -0.75, 0.5]),
         "preferences/accuracy": 0.75,
         "preferences/losses": np.r_[np.full(20, 0.5), np.full(160, 9), np.full(20, 0.25)],
         "fine_tuning/losses": np.r_[3.25, np.full(379, 9), np.full(20, 0.5)],
@@ -294,9 +310,9 @@ def test_the_stages_before_the_loop():
     assert holds(lines, 62.5)
     assert holds(lines, loop.Config.preference_pairs)
     assert holds(lines, 0.5, 0.25)
-    assert holds(lines, 75, 25)  # percent right of three pairs, and their standard error
-    assert ["czz.", "dzz.", "bzz.", "hzz."] in lines
-    assert ["cat.", "dog.", "bee.", "hen.", "cow.", "ant."] in lines
+    assert holds(lines, 75, 21.6506)  # percent right of four pairs, and their standard error
+    assert ["fzz.", "czz.", "dzz.", "bzz."] in lines
+    assert [f"{word}." for word in words] in lines
     pairs = [("cat.", "0.25", "1.50"), ("hen.", "0.12", "-1.25"), ("dog.", "0.50", "0.00")]
     pairs += [("cow.", "0.38", "-0.75"), ("bee.", "0.75", "2.50"), ("ant.", "0.62", "0.50")]
     rows = [line[1:] for line in lines if line[1:] and tuple(line[1:]) in pairs]
