@@ -252,7 +252,7 @@ def uncoloured(output):
 def in_terminal(*arguments, answers=(), early=b""):
     """The script in a terminal: (code, output up to each wait, which gets an answer).
 
-    It waits where its output stops within a line.
+    It waits where its output stops after a blank.
     """
     import pty
     import select
@@ -275,8 +275,7 @@ def in_terminal(*arguments, answers=(), early=b""):
                     output += os.read(outer, 65536)
                 except OSError:  # it has ended
                     break
-                silent = not select.select([outer], [], [], 0.1)[0]
-                if left and silent and not output.endswith(b"\n"):
+                if left and output.endswith(b" ") and not select.select([outer], [], [], 0.2)[0]:
                     parts.append(uncoloured(output))
                     output = b""
                     os.write(outer, left.pop(0))
