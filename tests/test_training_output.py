@@ -138,11 +138,11 @@ def test_each_run_has_its_words_and_what_happened_to_it():
 
 def test_whether_advantages_differ_is_said_as_their_errors_say():
     other = made_run(replace(LETTERS, beta=0.5), J=99.0)
-    for gap, differ in ((0.5, True), (0.29, True), (0.27, False), (0.01, False)):
-        outcomes = [(1.0, 0.1), (1 + gap, 0.1), (1.005, 9.0)]
+    for gap, differ in ((0.5, True), (0.21, True), (0.19, False), (0.01, False)):
+        outcomes = [(1.0, 0.06), (1 + gap, 0.08), (1.005, 9.0)]
         runs = [made_run(J=figure, J_error=error) for figure, error in outcomes]
         *_, before, said, _ = lines_of(loop.outcome_page([*runs, other]))
-        assert all(map(rounds, numbers(said)[-2:], [gap, 0.02**0.5], [3, 3]))
+        assert all(map(rounds, numbers(said)[-2:], [gap, 0.1], [3, 3]))
         assert (" not " in said) != differ
         assert "±" not in before
         assert "±" not in lines_of(loop.outcome_page(runs[:1]))[-2]
