@@ -265,3 +265,16 @@ def test_settings_reach_the_training(tmp_path):
     others = "--seed 1|--kl-estimator k2|--gamma 0.5|--lam 0|--clip 0.01|--ppo-epochs 2|--beta 1"
     for other in others.split("|"):
         assert (shown(f"{flags} {other}", tmp_path)[1]["objective/kl"] != kl).any(), other
+
+
+def test_the_seed_is_in_all_random_numbers_and_no_two_uses_share_them(monkeypatch, tmp_path):
+    original, seeds = np.random.default_rng, []
+
+    def remembers(seed):
+        seeds.append(seed)
+        return original(seed)
+
+    monkeypatch.setattr(np.random, "default_rng", remembers)
+    shown(f"{SMALL} --steps 2 --seed 5", tmp_path)
+    assert all(np.ravel(seed)[0] == 5 for seed in seeds)
+    assert len({str(seed) for seed in seeds}) == 5  # stages, models, training, theory, words
