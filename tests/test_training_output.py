@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import rlhf_loop_pseudo as loop
-from conftest import lines_of, numbers, rounds, shown
+from conftest import lines_of, numbers, rounds, shown, texts_of
 from record import same_as_recorded
 
 SMALL = "--preset letters --batch-size 8 --preference-pairs 200 --width 8 --learning-rate 1e-3"
@@ -220,6 +220,21 @@ def test_each_run_is_as_it_would_be_alone_and_shows_its_own(several, tmp_path):
         first = next(line for line in page.splitlines() if line.split()[:1] == ["1-1"])
         names = ["objective/scores", "objective/human_scores", "val/words", "objective/kl"]
         assert all(map(rounds, numbers(first)[2:6], [data[n][run, 0] for n in names], [2] * 4))
+
+
+def test_the_responses_in_a_row_are_the_first_two_of_its_last_step(tmp_path, monkeypatch):
+    original, steps = loop.train, []
+
+    def remembers(*arguments):
+        for step in original(*arguments):
+            steps.append(step[1])
+            yield step
+
+    monkeypatch.setattr(loop, "train", remembers)
+    text, _ = shown(f"{SMALL} --steps 3", tmp_path)
+    (row,) = (line.split() for line in text.splitlines() if line.split()[:1] == ["2-3"])
+    words = texts_of(*(steps[-1][name][:2] for name in ("prompts", "responses", "mask")))
+    assert [word[:5] for word in row[-2:]] == [word[:5] for word in words]
 
 
 def test_the_words_of_the_reference_stay_and_those_of_the_actor_change(tmp_path):
