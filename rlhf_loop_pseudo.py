@@ -1778,7 +1778,6 @@ def main(argv=None):
             for part in pages:
                 shown.append(part)
                 console.print(part)
-            sys.stdout.flush()
         finally:  # what an interrupted run has computed is kept, too
             try:
                 if "save" in given:

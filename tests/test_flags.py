@@ -62,7 +62,7 @@ def test_a_bad_value_is_refused_in_one_sentence_that_names_the_flag(flag, refuse
     ("flags", "flag", "reason"),
     [
         ("--batch-size", "--batch-size", "argument"),
-        ("--inspect 4", "--inspect", "row up to 3"),
+        ("--inspect 4", "--inspect", "rows 0 to 3"),
         ("--export x.png", "--export", ".svg or .html or .txt"),
         ("--beta 0 -1 --steps 2", "--beta", "-1"),
         ("--beta 0 0.1", "--beta", "--steps"),
@@ -78,7 +78,7 @@ def test_a_bad_value_is_refused_in_one_sentence_that_names_the_flag(flag, refuse
         ("--preference-pairs 9", "--preference-pairs", "letters"),
         ("--show gae --save x.npz", "--show", "alone"),
         ("--theme light", "--theme", "--export"),
-        ("--preset letters --prompt-length 2", "--prompt-length", "27"),
+        ("--preset letters --prompt-length 2", "--prompt-length", "letters"),
         ("--preset letters --response-length 2", "--response-length", "word"),
         ("--vocab-size 999999 --width 999999", "sizes", "memory|bytes"),
         ("--batch-size 999999", "sizes", "memory|bytes"),

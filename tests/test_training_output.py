@@ -102,7 +102,7 @@ def test_the_chart_has_its_marks_where_the_figures_are():
         assert places == set(zip(*np.nonzero(marks == mark)))
     assert set(marks.flat) == {first, second, " "}
     assert [numbers(lines[i + 1])[0] for i in range(9) if lines[i + 1][:8].strip()] == [0.88, 0.25]
-    assert any(numbers(line) == [49.0] for line in lines)
+    assert any(numbers(line) == [0, 49.0] for line in lines)
 
 
 def test_a_mark_for_each_of_nine():
@@ -157,11 +157,12 @@ def verdict(human, words=(1.0, 1.0)):
 def test_what_happened_to_a_training():
     fall, rise = np.r_[0.7, 0.9, 0.9, np.r_[0.8:0.3:28j]], np.r_[0.5:0.7:30j]
     hacked, lost = verdict(fall, (1, 0.1)), verdict(rise, (1, 0.68))
-    liked, moved = verdict(np.r_[0.5, np.full(30, 0.91)]), verdict(rise)
+    liked, moved = verdict(rise), verdict(np.full(30, 0.5))
     assert len({hacked, lost, liked, moved}) == 4
-    assert verdict(rise, (1, 0.72)) == verdict(rise, (0.5, 0.36)) == moved
+    assert verdict(rise, (1, 0.72)) == verdict(rise, (0.5, 0.36)) == liked
     assert verdict(np.full(30, 0.95), (0.5, 0.34)) == lost
-    assert verdict(np.r_[0.5, np.full(30, 0.89)]) == moved
+    assert [verdict(np.r_[0.5, np.full(30, 0.5 + x)]) for x in (0.0049, 0.0051)] == [moved, liked]
+    assert [verdict(np.r_[0.5, np.full(30, 0.5 - x)]) for x in (0.0049, 0.0051)] == [moved, hacked]
     noisy = np.r_[0.7, 0.9, 0.5, 0.9, 0.4, np.r_[0.8, 0.5, 0.75, 0.6] - 0.05]
     assert verdict(noisy) == moved  # no more than chance
     _, means, _ = loop.stretch_means(fall)
