@@ -6,7 +6,7 @@ from math import log
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import rlhf_loop_pseudo as loop
@@ -92,14 +92,21 @@ def test_fine_tuning_works_in_place_and_keeps_the_type(dtype):
 def test_each_update_sees_128_words_or_all_there_are(count, monkeypatch):
     config = replace(CONFIG, width=2, response_length=10)
     (model, rng), seen, original = untrained(0, config), [], loop.forward_logprobs
+    pulls, backward = [], loop.backward_logprobs
     prompts, responses, mask = loop.demonstrations(loop.WORDS[:count], config)
 
     def watching(model, *texts):
         seen.append(set(rows_of(*texts)))
         return original(model, *texts)
 
+    def pulling(model, cache, d_logprobs):
+        pulls.append(d_logprobs.sum())
+        return backward(model, cache, d_logprobs)
+
     monkeypatch.setattr(loop, "forward_logprobs", watching)
+    monkeypatch.setattr(loop, "backward_logprobs", pulling)
     loop.fine_tune(model, prompts, responses, mask, rng)
+    np.testing.assert_allclose(pulls, -1, rtol=1e-5)  # a mean over the tokens
     assert [len(batch) for batch in seen] == [min(128, count)] * 400  # none of them twice
     assert set().union(*seen) == set(rows_of(prompts, responses))
 
@@ -133,6 +140,7 @@ def test_the_reference_is_fine_tuned_and_the_untrained_model_is_not(monkeypatch)
 rows = st.lists(st.tuples(st.sampled_from(ALPHABET), st.booleans()), min_size=5, max_size=5)
 
 
+@example([[(".", False)] * 5], 1)
 @given(st.lists(rows, min_size=1, max_size=4), st.integers(1, 4))
 def test_the_human_reads_prompt_and_response_as_one_word(table, length):
     """Without the end tokens, and without what the mask takes out of the response."""

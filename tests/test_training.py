@@ -494,6 +494,14 @@ def test_a_trained_actor_comes_near_the_best_and_never_beats_it(beta):
     assert gain["share"] == pytest.approx(share_of(gain))
 
 
+def test_a_share_that_is_the_same_everywhere_has_no_error():
+    start, beta = np.random.default_rng(0).standard_normal((26, 512)), 2.0
+    mean = np.exp(start / beta).mean(axis=1, keepdims=True)
+    best = beta * (np.log(mean) + np.exp(start / beta) / mean - 1)
+    gain = loop.gain_shares(start, (start + best) / 2, beta, True)
+    assert (gain["share"], gain["share_error"]) == pytest.approx((0.5, 0), abs=1e-9)
+
+
 @pytest.mark.parametrize("at_stake, clear", [(7, False), (8, True), (32, True)])
 def test_a_gain_that_is_lost_in_its_noise_has_no_share(at_stake, clear, monkeypatch):
     """Where k of 32 prompts can win, all the same, (gain / error)² is 31 k / (32 - k)."""

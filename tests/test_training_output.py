@@ -161,8 +161,8 @@ def test_what_happened_to_a_training():
     assert len({hacked, lost, liked, moved}) == 4
     assert verdict(rise, (1, 0.72)) == verdict(rise, (0.5, 0.36)) == liked
     assert verdict(np.full(30, 0.95), (0.5, 0.34)) == lost
-    assert [verdict(np.r_[0.5, np.full(30, 0.5 + x)]) for x in (0.0049, 0.0051)] == [moved, liked]
-    assert [verdict(np.r_[0.5, np.full(30, 0.5 - x)]) for x in (0.0049, 0.0051)] == [moved, hacked]
+    for x, said in ((0.0049, moved), (0.0051, liked), (-0.0049, moved), (-0.0051, hacked)):
+        assert verdict(np.r_[np.full(15, 0.5), np.full(16, 0.5 + x)]) == said
     noisy = np.r_[0.7, 0.9, 0.5, 0.9, 0.4, np.r_[0.8, 0.5, 0.75, 0.6] - 0.05]
     assert verdict(noisy) == moved  # no more than chance
     _, means, _ = loop.stretch_means(fall)

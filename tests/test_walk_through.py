@@ -126,7 +126,8 @@ def test_the_seed_decides_and_nothing_else(tmp_path):
     runs = [shown(f"{flags} --seed {seed}", tmp_path) for seed in (1, 1, 2)]
     (first, data), (again, _), (other, _) = runs
     assert first == again
-    assert re.search(r"(?m)^ +0 +[a-z.] +-\d", first)  # one response, token by token
+    letter = re.escape(loop.LETTERS[data["responses"][0, 0]])
+    assert re.search(rf"(?m)^ +0 +{letter} +-\d", first)  # one response, token by token
     assert first.split("Step 1")[0] != other.split("Step 1")[0]
     padding = data["mask"] == 0
     assert padding.any()
@@ -136,6 +137,11 @@ def test_the_seed_decides_and_nothing_else(tmp_path):
     tiny = "--vocab-size 2 --prompt-length 1 --response-length 1"  # only the models are left
     seen = [set(shown(f"{tiny} --seed {s}", tmp_path)[1]["ref_logprobs"].flat) for s in (1, 2)]
     assert not seen[0] & seen[1]
+
+
+def test_numbers_have_no_response_token_by_token_unless_asked(tmp_path):
+    text, _ = shown("--vocab-size 9 --prompt-length 2 --response-length 3", tmp_path)
+    assert not re.search(r"(?m)^ +0 +\d+ +-\d", text)
 
 
 def by_hand(config):
@@ -196,6 +202,7 @@ def test_each_figure_of_the_steps_is_at_its_place():
     assert holds(one, 2)
     assert holds(one, 2, 1)
     assert holds(two, 2, 4, 40)
+    assert holds(two, -np.log(40))
     assert holds(three, 0.75, -1.25)
     previews = {"old_logprobs": two, "ref_logprobs": four, "values": six, "advantages": six}
     for name, page in (previews | {"whitened": six}).items():  # of row 0, and the mean of all
@@ -299,7 +306,7 @@ def test_the_stages_before_the_loop():
         "preferences/human": np.array([0, 0.25, 0.5, 0.75, 0, 0.125, 0.375, 0.625]),
         "preferences/scores": np.array([0, 1.5, -0.001, 2.5, 0, -1.25, -0.75, 0.5]),
         "preferences/accuracy": 0.75,
-        "preferences/losses": np.r_[np.full(20, 0.5), np.full(160, 9), np.full(20, 0.25)],
+        "preferences/losses": np.repeat([0.5, 1.5, 9, 1.25, 0.25], [19, 1, 160, 1, 19]),
         "fine_tuning/losses": np.r_[3.25, np.full(379, 9), np.full(20, 0.5)],
         "fine_tuning/best_loss": 0.375,
         "fine_tuning/words": 0.625,
@@ -310,7 +317,7 @@ def test_the_stages_before_the_loop():
     assert holds(lines, 0.38)
     assert holds(lines, 62.5)
     assert holds(lines, loop.Config.preference_pairs)
-    assert holds(lines, 0.5, 0.25)
+    assert holds(lines, 0.55, 0.3)
     assert holds(lines, 75, 21.6506)  # percent right of four pairs, and their standard error
     assert ["fzz.", "czz.", "dzz.", "bzz."] in lines
     assert [f"{word}." for word in words] in lines
