@@ -1236,7 +1236,7 @@ def table(columns, star=None):
         if head == star:
             texts[np.argmax(values)] += "*"
         justify = "right" if re.match(r"-|\d", "".join(texts)) else "left"
-        grid.add_column(styled(head), justify=justify, no_wrap=True)
+        grid.add_column(styled(head), justify=justify, overflow="fold")
         cells.append(texts)
     for row in zip(*cells):
         grid.add_row(*row)

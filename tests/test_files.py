@@ -212,7 +212,7 @@ WIDE = [
     "--vocab-size 7 --response-length 3 --inspect 0",
     "--vocab-size 50257 --width 2 --batch-size 8 --response-length 3 --advantage grpo --inspect 7",
     f"{TINY} --advantage rloo --learning-rate 0.3 --gamma 0.87654321 --advantage gae --lam 0.54321",
-    f"{TINY} --learning-rate 0.1 --steps 40 --drift 3 --beta 12",
+    f"{TINY} --learning-rate 0.1 --steps 40 --drift 3 --beta 123456",
     f"{SMALL} --inspect 5",
     f"{SMALL} --steps 3 --beta 0 0.05 1 --advantage gae rloo grpo",
 ]
