@@ -1062,7 +1062,8 @@ def check_finite(models, data, step):
     losses = [*data["actor_loss"], *data["critic_loss"]]
     sound = np.isfinite(losses).all() and all((abs(w) < 1e6).all() for w in learned)
     if not sound or np.isin(data["ratio"][-1][data["mask"] != 0], [0, np.inf]).all():
-        raise FloatingPointError(f"step {step} diverged; lower --learning-rate")
+        advice = "lower --learning-rate, --beta or --drift"
+        raise FloatingPointError(f"step {step} diverged: {advice}")
 
 
 def step_metrics(data, config, step):
@@ -1278,7 +1279,8 @@ def stages_page(seen, config):
     rows = [row + other for row in differ[:3] for other in (0, pairs)]
     columns = {"": ["chosen", "rejected"] * 3, "word": [words[row] for row in rows]}
     columns |= {"human": seen["human"][rows], "score": seen["scores"][rows]}
-    text = f"""Stage 1: Fine-tuning on {len(WORDS)} words that a human wrote
+    count = len(demonstrations(WORDS, config)[0])
+    text = f"""Stage 1: Fine-tuning on {count} words that a human wrote
   Loss: {tuning[0]:.2f} -> {tuning[-20:].mean():.2f}\tnats per letter (a bit is 0.69 nats)
   Best possible: {seen["fine_tuning/best_loss"]:.2f}\tthe first letter leaves a choice
   Real words: {seen["fine_tuning/words"]:.1%}\tof what it writes are words it was shown
@@ -1368,7 +1370,7 @@ def step_pages(data, config):
             formula, whitened = "(R - mean) / deviation", ""  # that is scaled already
         yield f"""Step 6: Compute advantages ({config.advantage}, no critic)
   Group advantages: {preview("advantages")}
-{whitened}    Total rewards R of the group of the first prompt: {listed(group)}
+{whitened}    R, total rewards of the first prompt's group: {listed(group)}
     Its advantages, one for all tokens: {listed(data["advantages"][: len(group), 0])}
     Each is {formula} in the group.
     {WHY[5]} What else was written to
@@ -1409,7 +1411,7 @@ def effect_page(data, config):
         chances = zip(np.exp(before), np.exp(after))
         columns["chance"] = [f"{old:.2%} -> {new:.2%}" for old, new in chances]
     columns = {head: cells[:4] for head, cells in columns.items()}
-    followed = np.mean((advantages > 0) == (after > before))
+    followed = np.mean(np.sign(advantages) == np.sign(after - before))
     note = f"""    mean A: of the advantage that acts. Where it is above 0 the log prob should
     rise, else fall: that is RLHF. It did so for {followed:.0%} of all responses.
 """
@@ -1489,9 +1491,7 @@ def chart_page(runs, width=60, height=9):
     chart = "".join(f"  {y:>6} │{''.join(row)}\n" for y, row in zip(labels, grid))
     end = f"KL in nats per response, square-root scale: 0 to {x.max() ** 2:.1f}"
     chart += f"         └{'─' * width}\n          {end:>{width}}{legend}\n"
-    return Group(
-        "The human's opinion over KL, from the start at the left", Text(chart)
-    )
+    return Group("The human's opinion over KL in the course of training", Text(chart))
 
 
 def outcome_page(runs):
@@ -1605,7 +1605,8 @@ def refuse(given, configs):
     ]
     for name, endings in ("save", [".npz"]), ("export", [".svg", ".html", ".txt"]):
         path, kinds = given.get(name, Path()), " or ".join(endings)
-        fits = path.suffix in endings and os.access(path.parent, os.W_OK | os.X_OK)
+        fits = path.suffix in endings and not path.is_dir()
+        fits = fits and os.access(path.parent, os.W_OK | os.X_OK)
         rules.append((name, fits, f"with a {kinds} file in a writable folder"))
     for flags, works, how in rules:
         for name in flags.split():

@@ -18,6 +18,7 @@ import rlhf_loop_pseudo as loop
 PHASES = [Phase.explicit, Phase.generate]  # shrinking takes long where much is wrong
 settings.register_profile("steady", derandomize=True, deadline=None, max_examples=25, phases=PHASES)
 settings.load_profile("steady")
+TINY = "--vocab-size 12 --batch-size 4 --prompt-length 3 --response-length 5 --width 4"
 
 
 def small_model(rng, vocab_size=7, width=5, out_width=None, scale=3.0):

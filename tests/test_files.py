@@ -16,10 +16,9 @@ import numpy as np
 import pytest
 
 import rlhf_loop_pseudo as loop
-from conftest import run
+from conftest import TINY, run
 
 SCRIPT = Path(loop.__file__)
-TINY = "--vocab-size 12 --batch-size 4 --prompt-length 3 --response-length 5 --width 4"
 SMALL = "--preset letters --preference-pairs 50 --batch-size 8 --width 4 --response-length 5"
 RUNS = [f"{TINY} --inspect 1", f"{SMALL} --steps 3 --beta 0 1"]
 posix = pytest.mark.skipif(os.name != "posix", reason="signals, pipes and terminals of POSIX")
@@ -36,8 +35,9 @@ def quick(monkeypatch):
 
 
 @pytest.mark.parametrize(("lost", "kept"), [("x.npz", "x.txt"), ("x.txt", "x.npz")])
-def test_a_file_that_cannot_be_written_loses_no_other(lost, kept, tmp_path, capsys):
+def test_a_file_that_cannot_be_written_loses_no_other(lost, kept, tmp_path, capsys, monkeypatch):
     (tmp_path / lost).mkdir()
+    monkeypatch.setattr(Path, "is_dir", lambda _: False)  # at first it was none
     files = [f"--save={tmp_path / 'x.npz'}", f"--export={tmp_path / 'x.txt'}"]
     assert run(*TINY.split(), *files) == 1
     assert re.fullmatch(rf"rlhf_loop_pseudo.py: .*{lost}.*\n", capsys.readouterr().err)

@@ -129,8 +129,9 @@ def test_to_pause_somebody_must_be_there(refused, monkeypatch):
         assert re.search("--pause.*terminal", refused("--pause"))
 
 
-def test_a_folder_that_cannot_be_written_is_refused(refused, monkeypatch):
-    monkeypatch.setattr(os, "access", lambda *_: False)
+@pytest.mark.parametrize("where, what, answer", [(os, "access", 0), (loop.Path, "is_dir", 1)])
+def test_a_file_that_cannot_be_written_is_refused(where, what, answer, refused, monkeypatch):
+    monkeypatch.setattr(where, what, lambda *_: answer)
     for flags in ("--save x.npz", "--export x.html"):
         assert refused(flags).startswith(flags.split()[0])
 

@@ -11,12 +11,11 @@ import numpy as np
 import pytest
 
 import rlhf_loop_pseudo as loop
-from conftest import lines_of, numbers, rounds, shown, texts_of
+from conftest import TINY, lines_of, numbers, rounds, shown, texts_of
 from record import same_as_recorded
 
 SMALL = "--preset letters --batch-size 8 --preference-pairs 200 --width 8 --learning-rate 1e-3"
 SEVERAL = f"{SMALL} --steps 6 --beta 0 0.2 --advantage rloo gae"
-TINY = "--vocab-size 12 --batch-size 4 --prompt-length 3 --response-length 5 --width 4"
 LETTERS = loop.Config(steps=7, batch_size=8, prompt_length=1, vocab_size=27, beta=0.25)
 
 
