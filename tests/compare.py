@@ -219,7 +219,7 @@ def random_case(rng, kinds, way):
     end = 26 if "vocab_size" in kinds else int(rng.integers(1, 4))  # the last token; 26: letters
     width, prompt_length = rng.integers(1, 3, 2)
     ends = rng.integers(0 if rng.random() < 0.7 else length, length + 1, (rows, 1))
-    mask, ended = np.float64(np.arange(length) <= ends), np.arange(length) == ends
+    mask, ended = 1.0 * (np.arange(length) <= ends), np.arange(length) == ends
     junk = 0 if rng.random() < 0.5 and "mask" in kinds else 1
     extreme = rng.random() < 1 / 3 and not way.exact
     level = rng.random() < 0.1  # a group without spread is nothing rare
@@ -570,7 +570,7 @@ class Comparison:
         junk, holed = [], []
         for case in [x for x in cases if not x.real.all()][:100]:
             junk.append(case.at_padding(rng.choice([np.nan, np.inf, -np.inf], case.real.shape)))
-            mask = np.float64(rng.random(case.real.shape) < 0.6)
+            mask = 1.0 * (rng.random(case.real.shape) < 0.6)
             mask[:, 0] = 1
             holed.append(case.but(mask=mask))
         for title, changed in (

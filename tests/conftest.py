@@ -141,7 +141,7 @@ def slow_logprobs(model, tokens):
 
 def slow_kl(logprobs, ref_logprobs, estimator="k1"):
     """Schulman's estimators of a token's KL."""
-    lead = np.float64(logprobs) - np.float64(ref_logprobs)
+    lead = np.subtract(logprobs, ref_logprobs, dtype=np.float64)
     return {"k1": lead, "k2": lead**2 / 2, "k3": np.exp(-lead) - 1 + lead}[estimator]
 
 
@@ -160,7 +160,7 @@ def slow_gae(rewards, values, mask, gamma, lam):
     advantages, returns = np.zeros((2, *mask.shape))
     for b, row in enumerate(mask):
         real = np.flatnonzero(row)
-        r, v = np.float64(rewards[b, real]), [*np.float64(values[b, real]), 0]
+        r, v = rewards[b, real].astype(float), [*values[b, real].astype(float), 0]
         errors = [r[s] + gamma * v[s + 1] - v[s] for s in range(len(real))]
         for s, t in enumerate(real):
             later = enumerate(errors[s:])
@@ -226,7 +226,7 @@ def slow_value_loss(values, returns, mask):
 
 def slow_preference_loss(chosen, rejected):
     """(loss, d_chosen, d_rejected) of Bradley and Terry: -log sigmoid of the lead."""
-    leads = np.float64(chosen) - np.float64(rejected)
+    leads = np.subtract(chosen, rejected, dtype=np.float64)
     d_rejected = 1 / (1 + np.exp(leads)) / leads.size
     return np.log1p(np.exp(-leads)).mean(), -d_rejected, d_rejected
 
