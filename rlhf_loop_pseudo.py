@@ -1016,6 +1016,7 @@ def judge_stages(untrained, reference, reward_model, config, rng):
     return {f"preferences/{name}": array for name, array in seen.items()} | {
         "fine_tuning/best_loss": np.log(alike).sum() / real.sum(),
         "fine_tuning/before": before,
+        "fine_tuning/count": len(letters),
         "fine_tuning/words": completes_word(*pairs, config).mean(),
     }
 
@@ -1279,8 +1280,7 @@ def stages_page(seen, config):
     rows = [row + other for row in differ[:3] for other in (0, pairs)]
     columns = {"": ["chosen", "rejected"] * 3, "word": [words[row] for row in rows]}
     columns |= {"human": seen["human"][rows], "score": seen["scores"][rows]}
-    count = len(demonstrations(WORDS, config)[0])
-    text = f"""Stage 1: Fine-tuning on {count} words that a human wrote
+    text = f"""Stage 1: Fine-tuning on {seen["fine_tuning/count"]} words that a human wrote
   Loss: {tuning[0]:.2f} -> {tuning[-20:].mean():.2f}\tnats per letter (a bit is 0.69 nats)
   Best possible: {seen["fine_tuning/best_loss"]:.2f}\tthe first letter leaves a choice
   Real words: {seen["fine_tuning/words"]:.1%}\tof what it writes are words it was shown
@@ -1334,7 +1334,7 @@ def step_pages(data, config):
   Reference log probs: {preview("ref_logprobs")}
   KL divergence per token: {mask.shape}\t{listed(data["kl"][0][real], 3)}
   Mean KL: {mean("kl")}\tnats per token, by {config.kl_estimator}
-  Exact KL: {mean("exact_kl")}\tall {config.vocab_size} tokens; too slow to train with
+  Exact KL: {mean("exact_kl")}\tall {config.vocab_size} tokens; an estimate needs one
     KL: how far the actor is from the reference. At its start that would be 0;
     this one was moved by --drift {config.drift:g}, as if training had begun.
     From the sampled token alone, in the mean {mean("k1")} {mean("k2")} {mean("k3")}:
@@ -1723,7 +1723,7 @@ def train_and_watch(run, models):
 
 def saved(configs, arrays, runs):
     """All arrays, and the configuration as JSON, as bytes; several runs a row each."""
-    rows = [{}] * len(configs)  # what an interrupted run lacks is NaN
+    rows, arrays = [{}] * len(configs), arrays.copy()  # what a run lacks is NaN
     for row, run in enumerate(runs):
         theory = {f"theory/{name}": value for name, value in run["outcome"].items()}
         rows[row] = run["history"] | theory

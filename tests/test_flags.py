@@ -65,7 +65,7 @@ def test_a_bad_value_is_refused_in_one_sentence_that_names_the_flag(flag, refuse
         ("--inspect 4", "--inspect", "rows 0 to 3"),
         ("--export x.png", "--export", ".svg or .html or .txt"),
         ("--beta 0 -1 --steps 2", "--beta", "-1"),
-        ("--beta 0 0.1", "--beta", "--steps"),
+        ("--beta 0 0.1 --advantage gae", "--beta", "--steps"),
         ("--beta 0.1 0.1 --steps 2", "--beta", "once"),
         ("--advantage gae rloo", "--advantage", "--steps"),
         ("--advantage rloo --batch-size 6", "--batch-size", "--group-size"),

@@ -367,7 +367,7 @@ def test_the_stages_are_judged_by_fresh_texts(stages):
     expected = {f"preferences/{name}": value for name, value in expected.items()}
     expected["fine_tuning/best_loss"] = least_loss(loop.WORDS)
     expected["fine_tuning/before"] = loop.generate(untrained, pairs[0][:4], 16, rng, 26)[0]
-    expected["fine_tuning/words"] = words.mean()
+    expected |= {"fine_tuning/words": words.mean(), "fine_tuning/count": len(loop.WORDS)}
     assert seen.keys() == expected.keys()
     for name, value in expected.items():
         np.testing.assert_allclose(seen[name], value, rtol=1e-6)

@@ -188,7 +188,7 @@ THEORY = {"score", "kl", "human", "words", "share", "J", "J_start", "J_star"}
 THEORY |= {f"{name}_error" for name in ("share", "J", "J_start", "J_star")}
 STAGES = "accuracy human scores mask responses prompts losses".split()
 STAGES = {f"preferences/{name}" for name in STAGES}
-STAGES |= {f"fine_tuning/{name}" for name in ("losses", "best_loss", "before", "words")}
+STAGES |= {f"fine_tuning/{name}" for name in ("losses", "best_loss", "before", "count", "words")}
 
 
 def test_what_is_saved(several):

@@ -254,14 +254,13 @@ def test_what_the_update_did():
     data = by_hand(config) | {"rewards": np.array([[0.125, 0, 0.5, 0], [0, -0.0001, 0, 0]])}
     data["whitened"] = np.array([[1, 2, 1.5, 9], [-0.25, -0.75, 9, 9]]) * data["mask"]
     lines = cells(loop.effect_page(data, config))
-    first, second = (
-        ["cat.", *names],
-        ["do.", *"0.00 -0.50 -2.25 -2.50 -0.25 10.54% -> 8.21%".split()],
-    )
+    first, second = ["cat.", *names], "do. 0.00 -0.50 -2.25 -2.50 -0.25 10.54% -> 8.21%".split()
     assert lines.index(second) == lines.index(first) + 1  # responses in their order
     assert holds(lines, 100)  # percent of the responses whose probability went as A says
     opposite = data | {"whitened": abs(data["whitened"])}
     assert holds(cells(loop.effect_page(opposite, config)), 50)
+    still = data | {"new_logprobs": data["old_logprobs"]}  # no change is no fall
+    assert any("0%" in line for line in cells(loop.effect_page(still, config)))
     lines = cells(loop.effect_page(data, NUMBERS))
     assert ["[0,", "19,", "…,", "26]", *names[:5]] in lines
     long = np.full((2, 20), 1)
@@ -295,30 +294,30 @@ def test_a_response_token_by_token(config, row, response, tokens, ratios):
 
 
 def test_the_stages_before_the_loop():
-    eos, words = 26, ["fox", "cat", "dog", "bee", "fox", "hen", "cow", "ant"]
+    eos, words = 26, "fox cat dog bee elk fox hen cow ant owl".split()
     tokens = np.array([[ord(letter) - 97 for letter in word] + [eos] for word in words])
     seen = {
         "preferences/prompts": tokens[:, :1],
         "preferences/responses": tokens[:, 1:],
-        "preferences/mask": np.ones((8, 3)),
-        "preferences/human": np.array([0, 0.25, 0.5, 0.75, 0, 0.125, 0.375, 0.625]),
-        "preferences/scores": np.array([0, 1.5, -0.001, 2.5, 0, -1.25, -0.75, 0.5]),
+        "preferences/mask": np.ones((10, 3)),
+        "preferences/human": np.array([0, 0.25, 0.5, 0.75, 0, 0, 0.125, 0.375, 0.625, 0]),
+        "preferences/scores": np.array([0, 1.5, -0.001, 2.5, 0, 0, -1.25, -0.75, 0.5, 0]),
         "preferences/accuracy": 0.75,
         "preferences/losses": np.repeat([0.5, 1.5, 9, 1.25, 0.25], [19, 1, 160, 1, 19]),
         "fine_tuning/losses": np.r_[3.25, np.full(379, 9), np.full(20, 0.5)],
         "fine_tuning/best_loss": 0.375,
         "fine_tuning/words": 0.625,
+        "fine_tuning/count": 17,
         "fine_tuning/before": np.array([[25, 25, eos]] * 4),
     }
     lines = cells(loop.stages_page(seen, LETTERS))
     assert holds(lines, 3.25, 0.5)
-    assert holds(lines, 0.38)
-    assert holds(lines, 62.5)
-    assert holds(lines, loop.Config.preference_pairs)
+    for figure in (17, 0.38, 62.5, loop.Config.preference_pairs):
+        assert holds(lines, figure)
     assert holds(lines, 0.55, 0.3)
-    assert holds(lines, 75, 21.6506)  # percent right of four pairs, and their standard error
+    assert holds(lines, 75, 19.3649)  # percent right of five pairs, and their standard error
     assert ["fzz.", "czz.", "dzz.", "bzz."] in lines
-    assert [f"{word}." for word in words] in lines
+    assert [f"{word}." for word in words[:4] + words[5:9]] in lines  # chosen and rejected alike
     pairs = [("cat.", "0.25", "1.50"), ("hen.", "0.12", "-1.25"), ("dog.", "0.50", "0.00")]
     pairs += [("cow.", "0.38", "-0.75"), ("bee.", "0.75", "2.50"), ("ant.", "0.62", "0.50")]
     rows = [line[1:] for line in lines if line[1:] and tuple(line[1:]) in pairs]
