@@ -2,15 +2,13 @@
 # requires-python = ">=3.10"
 # dependencies = ["numpy>=1.26", "rich>=13.8"]
 # ///
-"""RLHF in one file, for real: fine-tuning, a reward model and the PPO loop.
+"""RLHF in one file, for real: fine-tuning, a reward model, the PPO loop, and DPO.
 
     python rlhf_loop_pseudo.py                               one step, every tensor
-    python rlhf_loop_pseudo.py --preset letters              in words, with all stages
-    python rlhf_loop_pseudo.py --preset letters --steps 200  and with training
+    python rlhf_loop_pseudo.py --preset letters              the same in words
+    python rlhf_loop_pseudo.py --preset letters --steps 200  a whole training
 
-Reinforcement learning from human feedback as in InstructGPT, with four toy models:
-the actor writes and learns, the reward model scores whole responses, the reference is
-the actor as it began, the critic predicts the reward still to come.
+Reinforcement learning from human feedback, as in InstructGPT, with four small models.
 
   prompts ─► actor ─► responses ─┬─► reward model ─► score ────────┐
                ▲                 ├─► reference ─► KL to the actor ─┴► rewards ─┐
@@ -18,205 +16,243 @@ the actor as it began, the critic predicts the reward still to come.
                │                        ▲                            │
                └────── PPO update ──────┴─────────── advantages ◄────┘
 
-    1. sample prompts                           sample_prompts
-    2. the actor generates responses            generate
-    3. the reward model scores them             score_responses
-    4. the reference: how far has it moved?     token_logprobs, kl_penalty
-    5. score and KL become a reward per token   shape_rewards
-    6. how much better than expected?           critic_values, gae, whiten;
-                                                or rloo_advantages, grpo_advantages
-    7. PPO, and regression for the critic       ppo_loss, value_loss, adam_step,
-                                                actor_gradients, critic_gradients
+    1. sample prompts                       sample_prompts
+    2. the actor generates responses        generate
+    3. the reward model scores them         score_responses
+    4. KL: how far has the actor moved?     token_logprobs, kl_penalty
+    5. score and KL become token rewards    shape_rewards
+    6. advantages: better than expected?    critic_values, gae, whiten; without a
+                                            critic rloo_advantages, grpo_advantages
+    7. the update                           ppo_loss, kl_loss, value_loss, adam_step,
+                                            actor_gradients, critic_gradients
 
-The lesson, by sections: 2 configuration, 3 the loop, 4 these functions, 5 what comes
-before it, 6 the models. No part of it: 7 measuring, 8 presentation, 9 command line.
+Sections 2 to 6 are the lesson: configuration, the loop, the seven steps, before the
+loop and without it, the models. Sections 7 to 9 measure and show.
 
-In shape comments B are sequences, P prompt tokens, T response tokens, V vocabulary, D
-width, S a sequence (P + T or less), N any rows. Log probabilities and KL are in nats.
+In shape comments B counts sequences, P prompt tokens, T response tokens, V the
+vocabulary, D the width of a hidden state, N rows. All logarithms are natural.
 """
-
-import os
-import sys
-
-if sys.version_info < (3, 10):
-    sys.exit(f"Python 3.10 or newer is needed, and this is {sys.version.split()[0]}.")
-if __name__ == "__main__":  # before numpy: at these sizes more threads gain nothing
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import argparse
 import codecs
-import difflib
 import inspect
 import io
 import itertools
 import json
-import math
-import re
-from dataclasses import dataclass, fields, replace
+import os
+import sys
+import textwrap
+from dataclasses import dataclass, field, fields, replace
+from numbers import Integral, Real
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 
+if __name__ == "__main__":
+    if sys.version_info < (3, 10):
+        sys.exit(f"This needs Python 3.10 or newer, not {sys.version.split()[0]}.")
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # more threads gain nothing
 try:
     import numpy as np
     from rich.console import Console, Group
-    from rich.highlighter import RegexHighlighter
     from rich.progress import track
     from rich.table import Table
-    from rich.terminal_theme import DEFAULT_TERMINAL_THEME, MONOKAI
+    from rich.terminal_theme import DEFAULT_TERMINAL_THEME, TerminalTheme
     from rich.text import Text
     from rich.theme import Theme
 except ModuleNotFoundError as missing:
+    if __name__ != "__main__":
+        raise
     sys.exit(f"{missing.name} is missing. Run: python -m pip install numpy rich")
 
 # ---------------------------------------------------------------- 2. configuration
 
-LETTERS = "abcdefghijklmnopqrstuvwxyz."  # tokens where V is 27; the last ends a word
+LETTERS = "abcdefghijklmnopqrstuvwxyz."  # the tokens if V is 27; "." ends a word
+
+# What a setting may be: its type, a test, and the words for the error message
+COUNT = Integral, lambda x: 1 <= x <= 10**6, "a whole number from 1 to 10^6"
+TWO_OR_MORE = Integral, lambda x: 2 <= x <= 10**6, "a whole number from 2 to 10^6"
+NATURAL = Integral, lambda x: x >= 0, "a whole number of at least 0"
+POSITIVE = Real, lambda x: 0 <= x < np.inf, "a finite number of at least 0"
+FRACTION = Real, lambda x: 0 <= x <= 1, "a number from 0 to 1"
+CLIP = Real, lambda x: 0 < x < 1, "a number between 0 and 1"
+METHOD = str, lambda x: x in ("ppo", "rloo", "grpo", "dpo"), "ppo, rloo, grpo or dpo"
+SCORER = str, lambda x: x in ("learned", "human"), "learned or human"
+PLACE = str, lambda x: x in ("reward", "loss"), "reward or loss"
+ESTIMATOR = str, lambda x: x in ("k1", "k2", "k3"), "k1, k2 or k3"
+
+
+def setting(default, rule, meaning, group="algorithm"):
+    """A field of Config: its default, its rule, and its line in --help."""
+    return field(default=default, metadata=dict(rule=rule, help=meaning, group=group))
 
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that affects the algorithm; ValueError for what is not allowed."""
+    """Everything that affects the algorithm. Raises ValueError if it is out of range."""
 
-    batch_size: Annotated[int, "B, responses in a batch"] = 4
-    prompt_length: Annotated[int, "P, tokens in a prompt"] = 64
-    response_length: Annotated[int, "T, most tokens in a response"] = 128
-    vocab_size: Annotated[int, "V; the last ends a text; 27 are letters"] = 50257
-    width: Annotated[int, "D, numbers in a hidden state; GPT-2 has 768"] = 32
-    preference_pairs: Annotated[int, "choices of the human, with letters"] = 2048
-    steps: Annotated[int, "batches to train on; 1 is the walk-through"] = 1
-    beta: Annotated[float, "price of KL, score per nat; InstructGPT's is 0.02"] = 0.02
-    kl_estimator: Annotated[str, "KL of a token: k1, k2 or k3"] = "k1"
-    advantage: Annotated[str, "gae: by a critic; rloo, grpo: in a group"] = "gae"
-    group_size: Annotated[int, "responses to each prompt, with rloo and grpo"] = 4
-    gamma: Annotated[float, "discount per token, with gae"] = 1.0
-    lam: Annotated[float, "GAE's lambda, per token"] = 0.95
-    clip: Annotated[float, "PPO's epsilon: no gain beyond a ratio of 1 +- it"] = 0.2
-    ppo_epochs: Annotated[int, "updates on each batch"] = 4
-    learning_rate: Annotated[float, "Adam's, falling to 0 over the steps"] = 5e-4
-    drift: Annotated[float, "how far the actor starts off the reference"] = 0.75
-    seed: Annotated[int, "seed of all randomness"] = 0
+    batch_size: int = setting(4, COUNT, "B, responses in a batch", "sizes")
+    prompt_length: int = setting(64, COUNT, "P, tokens in a prompt", "sizes")
+    response_length: int = setting(128, COUNT, "T, tokens in a response", "sizes")
+    vocab_size: int = setting(50257, TWO_OR_MORE, "V; the last is the end", "sizes")
+    width: int = setting(32, COUNT, "D, the width of a hidden state", "sizes")
+    preference_pairs: int = setting(2048, COUNT, "pairs of responses", "sizes")
+    steps: int = setting(1, COUNT, "batches to train on; 1 is the walk-through")
+    method: str = setting("ppo", METHOD, "ppo, rloo, grpo or dpo")
+    reward: str = setting("learned", SCORER, "what scores: learned or human")
+    beta: float = setting(0.02, POSITIVE, "β, the KL coefficient, in score per nat")
+    kl_in: str = setting("reward", PLACE, "where the KL goes: reward or loss")
+    kl_estimator: str = setting("k1", ESTIMATOR, "of a token's KL: k1, k2 or k3")
+    group_size: int = setting(4, TWO_OR_MORE, "responses to each prompt (rloo, grpo)")
+    gamma: float = setting(1.0, FRACTION, "γ, the discount per token (ppo)")
+    lam: float = setting(0.95, FRACTION, "λ of GAE (ppo)")
+    clip: float = setting(0.2, CLIP, "ε; the ratio is clipped to 1 - ε .. 1 + ε")
+    ppo_epochs: int = setting(4, COUNT, "updates on each batch")
+    learning_rate: float = setting(5e-4, POSITIVE, "Adam's at first; it falls to 0")
+    drift: float = setting(None, POSITIVE, "distance of the first actor")
+    seed: int = setting(0, NATURAL, "seed of all random numbers")
 
     def __post_init__(self):
-        whole = "a whole number from 1 to 10^6", lambda x: 1 <= x <= 1e6
-        group = "a whole number from 2 to 10^6", lambda x: 2 <= x <= 1e6
-        price = "a finite number of at least 0", lambda x: 0 <= x < math.inf
-        share = "a number from 0 to 1", lambda x: 0 <= x <= 1
-        rules = {
-            **dict.fromkeys(["vocab_size", "group_size"], group),
-            **dict.fromkeys(["beta", "learning_rate", "drift"], price),
-            **dict.fromkeys(["gamma", "lam"], share),
-            "clip": ("a number between 0 and 1", lambda x: 0 < x < 1),
-            "kl_estimator": ("k1, k2 or k3", lambda x: x in ("k1", "k2", "k3")),
-            "advantage": ("gae, rloo, grpo", lambda x: x in ("gae", "rloo", "grpo")),
-            "seed": ("a whole number of at least 0", lambda x: x >= 0),
-        }
-        for name, value in vars(self).items():
-            rule, holds = rules.get(name, whole)
-            if ("whole" in rule and not isinstance(value, int)) or not holds(value):
-                raise ValueError(f"--{name.replace('_', '-')}: {value} is not {rule}")
-        if self.advantage != "gae" and self.batch_size % self.group_size:
-            raise ValueError("--batch-size: is no multiple of --group-size")
-        if self.readable and self.prompt_length != 1:
-            raise ValueError("--prompt-length: must be 1 where tokens are letters")
+        for item in fields(self):
+            value = getattr(self, item.name)
+            kind, allowed, words = item.metadata["rule"]
+            right_type = isinstance(value, kind) and not isinstance(value, bool)
+            default = item.name == "drift" and value is None
+            if not default and not (right_type and allowed(value)):
+                raise ValueError(f"{flag(item.name)} must be {words}, not {value!r}")
+        refuse_conflicts(self)
 
     @property
-    def readable(self):
-        """Whether tokens are letters, so that the human can read what is written."""
+    def uses_letters(self):
+        """Whether tokens are letters, so that texts can be read and judged."""
         return self.vocab_size == len(LETTERS)
+
+    @property
+    def start_drift(self):
+        """The drift, by default 0 in a training, which starts at the reference."""
+        if self.drift is not None:
+            return self.drift
+        return 0.0 if self.steps > 1 else 0.1 if self.uses_letters else 0.75
 
 
 LETTERS_PRESET = {"vocab_size": 27, "batch_size": 64, "prompt_length": 1, "beta": 0.2}
-LETTERS_PRESET |= {"response_length": 16, "learning_rate": 4e-3, "drift": 0.1}
+LETTERS_PRESET |= {"response_length": 16, "learning_rate": 4e-3}
 PRESETS = {"gpt2": {}, "letters": LETTERS_PRESET}
 
 # ---------------------------------------------------------------- 3. the loop
 
 
 # ANCHOR: core_loop
-def core_loop(models, config, rng):
-    """The seven steps, for each of config.steps batches: RLHF with PPO.
+def core_loop(models, config, rng=None):
+    """The seven steps, config.steps times: RLHF with PPO, RLOO or GRPO.
 
-    A generator of named arrays, a dict for each of the seven: whoever drains it
-    decides whether to show, save or only train. Actor and critic change in place, the
-    others never. With rloo or grpo there is no critic, but a group to a prompt.
+    Yields a Step after each update; the caller decides what to do with it. The weights
+    of actor and critic change in place, those of the other models never do. With rloo
+    and grpo there is no critic, and each prompt gets group_size responses. Raises
+    ValueError if the method is dpo, which has a loop of its own: dpo_loop.
     Source: InstructGPT (Ouyang et al. 2022), section 3.5, and Ziegler et al. 2019.
     """
+    if config.method == "dpo":
+        raise ValueError("method: dpo has a loop of its own, dpo_loop")
     actor, critic, reward_model, reference = models
-    actor_state, critic_state = {}, {}
+    rng = rng or np.random.default_rng([config.seed, 2])
     length, eos = config.response_length, config.vocab_size - 1
-    group_size = config.group_size if critic is None else 1
+    has_critic, kl_in_loss = config.method == "ppo", config.kl_in == "loss"
+    group_size = 1 if has_critic else config.group_size
+    actor_state, critic_state = {}, {}
     for step in range(config.steps):
         # 1. Sample prompts
         count = config.batch_size // group_size
         prompts = sample_prompts(rng, count, config.prompt_length, config.vocab_size)
         prompts = np.repeat(prompts, group_size, axis=0)  # (count, P) -> (B, P)
-        yield {"prompts": prompts}
 
         # 2. Generate
         responses, mask, old_logprobs = generate(actor, prompts, length, rng, eos)
-        yield {"responses": responses, "mask": mask, "old_logprobs": old_logprobs}
 
         # 3. Score
         scores = score_responses(reward_model, prompts, responses, mask)  # (B,)
-        yield {"scores": scores}
 
         # 4. KL penalty
-        ref_logprobs = token_logprobs(reference, prompts, responses) * mask
+        ref_logprobs = token_logprobs(reference, prompts, responses) * mask  # (B, T)
         kl = kl_penalty(old_logprobs, ref_logprobs, config.kl_estimator)  # (B, T)
-        yield {"ref_logprobs": ref_logprobs, "kl": kl}
 
         # 5. Total rewards
-        rewards = shape_rewards(scores, kl, mask, config.beta)  # (B, T)
-        yield {"rewards": rewards}
+        reward_beta = 0.0 if kl_in_loss else config.beta
+        rewards = shape_rewards(scores, kl, mask, reward_beta)  # (B, T)
 
-        # 6. Advantages, (B, T)
-        by_critic = {}
-        if config.advantage == "gae":
-            values = critic_values(critic, prompts, responses) * mask
+        # 6. Advantages
+        values = returns = None
+        if has_critic:
+            values = critic_values(critic, prompts, responses) * mask  # (B, T)
             advantages, returns = gae(rewards, values, mask, config.gamma, config.lam)
-            by_critic = {"values": values, "returns": returns}
-        elif config.advantage == "rloo":
-            advantages = rloo_advantages(rewards, mask, group_size)
+            loss_advantages = whiten(advantages, mask)  # (B, T)
+        elif config.method == "rloo":
+            advantages = rloo_advantages(rewards, mask, group_size)  # (B, T)
+            loss_advantages = whiten(advantages, mask)
         else:
-            advantages = grpo_advantages(rewards, mask, group_size)
-        grpo = config.advantage == "grpo"  # has scaled each group already
-        whitened = advantages if grpo else whiten(advantages, mask)
-        yield by_critic | {"advantages": advantages, "whitened": whitened}
+            advantages = grpo_advantages(rewards, mask, group_size)  # (B, T)
+            loss_advantages = advantages  # each group has been scaled already
 
         # 7. PPO update
         learning_rate = config.learning_rate * (1 - step / config.steps)
-        actor_losses, critic_losses, ratios = [], [], []
+        batch = prompts, responses, old_logprobs, loss_advantages, mask, config.clip
+        if kl_in_loss:
+            batch += ref_logprobs, config.beta, config.kl_estimator
+        ratios, actor_losses, critic_losses = [], [], []
         for _ in range(config.ppo_epochs):
-            gradients, loss, ratio = actor_gradients(
-                actor, prompts, responses, old_logprobs, whitened, mask, config.clip
-            )
+            gradients, loss, ratio = actor_gradients(actor, *batch)
             adam_step(actor, gradients, actor_state, learning_rate)
             actor_losses.append(loss)
             ratios.append(ratio)
-            if critic is not None:
+            if has_critic:
                 gradients, loss = critic_gradients(
                     critic, prompts, responses, returns, mask
                 )
                 adam_step(critic, gradients, critic_state, learning_rate)
                 critic_losses.append(loss)
-        yield {
-            "ratio": np.stack(ratios),  # (epochs, B, T)
-            "actor_loss": np.array(actor_losses),
-            "critic_loss": np.array(critic_losses),
-            "lr": np.array(learning_rate),
-        }
+        texts = prompts, responses, mask
+        judged = old_logprobs, scores, ref_logprobs, kl, rewards, values, returns
+        losses = np.array(actor_losses), np.array(critic_losses)
+        used = advantages, loss_advantages, np.stack(ratios), *losses, learning_rate
+        yield Step(*texts, *judged, *used)
     # ANCHOR_END: core_loop
+
+
+@dataclass
+class Step:
+    """The arrays of one step. Those of (B, T) are 0 at padding, where the mask is 0."""
+
+    prompts: np.ndarray  # (B, P) token ids
+    responses: np.ndarray  # (B, T) token ids
+    mask: np.ndarray  # (B, T) 1 up to and including the end token, then 0
+    old_logprobs: np.ndarray  # (B, T) of the actor that wrote the responses
+    scores: np.ndarray  # (B,) one number for each response
+    ref_logprobs: np.ndarray  # (B, T) of the reference
+    kl: np.ndarray  # (B, T) an estimate of each token's KL, in nats
+    rewards: np.ndarray = None  # (B, T) -β KL, and the score on the last real token
+    values: np.ndarray = None  # (B, T) the critic's predictions; None without one
+    returns: np.ndarray = None  # (B, T) the critic's targets; None without one
+    advantages: np.ndarray = None  # (B, T) how much better than expected
+    loss_advantages: np.ndarray = None  # (B, T) for the loss: whitened, or GRPO's own
+    ratio: np.ndarray = None  # (epochs, B, T) new probability over old, in each epoch
+    actor_loss: np.ndarray = None  # (epochs,) before each update
+    critic_loss: np.ndarray = None  # (epochs,) the same; (0,) without a critic
+    learning_rate: float = None
 
 
 # ---------------------------------------------------------------- 4. the seven steps
 
+# In sections 4 and 5 a mask is (B, T). It is 0 at padding, and any other number marks a
+# real token. Whatever stands at padding is ignored, NaN too, and results are 0 there.
+# Arrays of floats are float32 or float64; token ids may have any integer type, and one
+# that is out of range raises ValueError. Gradients are dicts with the weights' names,
+# and losses are scalars. Log probabilities and KL are in nats.
+
 
 # ANCHOR: sample_prompts
 def sample_prompts(rng, batch_size, prompt_length, vocab_size):
-    """Step 1. Draw random prompts, without the end token.
+    """Step 1. Draw random prompts (B, P), without the end token V - 1.
 
-    Returns (B, P) int, each from 0 to V - 2: token V - 1 ends a text.
-    Source: x ~ D in Ziegler et al. 2019, section 2.
+    Returns token ids from 0 to V - 2. Source: x ~ D in Ziegler et al. 2019, section 2.
     """
     return rng.integers(0, vocab_size - 1, size=(batch_size, prompt_length))
     # ANCHOR_END: sample_prompts
@@ -226,12 +262,11 @@ def sample_prompts(rng, batch_size, prompt_length, vocab_size):
 def generate(actor, prompts, response_length, rng, eos_token):
     """Step 2. Sample a response to each prompt, token by token.
 
-    token[t] ~ softmax(hidden[P - 1 + t] @ head), temperature 1
+    token[t] ~ softmax(hidden[P - 1 + t] @ head), at temperature 1
 
-    prompts (B, P) int. Returns (responses, mask, logprobs), (B, T) each: responses
-    int, eos_token after the end; mask 1 up to and including the first end token;
-    logprobs in nats, 0 at padding. Raises ValueError for what is no token of the
-    actor. Source: Radford et al. 2018 (GPT), equations 1 and 2.
+    prompts (B, P), without padding. Returns (responses, mask, logprobs), (B, T) each:
+    eos_token after the end; 1 up to and including the first end token.
+    Source: Radford et al. 2018 (GPT), equations 1 and 2.
     """
     prompts = token_ids(actor, prompts)
     batch_size, prompt_length = prompts.shape
@@ -241,31 +276,38 @@ def generate(actor, prompts, response_length, rng, eos_token):
     logprobs = np.zeros_like(mask)
     context_sum = embed[prompts].sum(axis=1)  # (B, P, D) -> (B, D)
     token = prompts[:, -1]
-    running = np.ones(batch_size, dtype=bool)
+    unfinished = np.ones(batch_size, dtype=bool)
     for t in range(response_length):
         context = context_sum / (prompt_length + t) ** 0.5
-        hidden = np.tanh(embed[token] + context @ actor["mix"])  # (B, D)
-        sampled, logprob = sample_tokens(hidden @ actor["head"], rng)  # (B,) both
-        token = np.where(running, sampled, eos_token)
+        hidden = np.tanh(embed[token] + context @ actor["context_proj"])  # (B, D)
+        sampled, logprob = sample_tokens(hidden @ actor["head"], rng)  # (B,) each
+        token = np.where(unfinished, sampled, eos_token)
         responses[:, t] = token
-        mask[:, t] = running
-        logprobs[:, t] = np.where(running, logprob, 0)
-        running = token != eos_token
-        context_sum = context_sum + embed[token]  # in place of a key-value cache
+        mask[:, t] = unfinished
+        logprobs[:, t] = np.where(unfinished, logprob, 0)
+        unfinished = token != eos_token
+        context_sum = context_sum + embed[token]  # this takes the place of a KV cache
     return responses, mask, logprobs
     # ANCHOR_END: generate
 
 
 # ANCHOR: score_responses
 def score_responses(reward_model, prompts, responses, mask):
-    """Step 3. Score each response by one real number.
+    """Step 3. Score each response with one number.
 
-    score = hidden[last real token] @ head, plus the bias of a trained model
+    score = hidden[last real token] @ head + bias
 
-    prompts (B, P), responses, mask (B, T). Returns (B,). Raises ValueError for shapes
-    that differ, an empty row, or what is no token of the model.
-    Source: InstructGPT (Ouyang et al. 2022), section 3.5.
+    reward_model is a dict of weights (a trained one has a bias), or your own function
+    of (prompts, responses, mask). prompts (B, P) have no padding: it would change the
+    score. Returns (B,). Raises ValueError if shapes differ, a row has no real token, or
+    your function returns anything but B finite numbers. Source: InstructGPT (Ouyang et
+    al. 2022), section 3.5.
     """
+    if callable(reward_model):
+        scores = np.asarray(reward_model(prompts, responses, mask))
+        if scores.shape != (len(prompts),) or not np.isfinite(scores).all():
+            raise ValueError("your reward function must return (B,) finite numbers")
+        return scores.astype(np.result_type(mask, np.float32))
     last = last_positions(prompts, responses, mask)
     hidden, _ = backbone(reward_model, token_ids(reward_model, prompts, responses))
     scores = hidden[last] @ reward_model["head"]  # (B, P + T, D) -> (B, D) -> (B, 1)
@@ -275,12 +317,11 @@ def score_responses(reward_model, prompts, responses, mask):
 
 # ANCHOR: token_logprobs
 def token_logprobs(model, prompts, responses):
-    """Step 4. Log probability of each response token, at once.
+    """Step 4. Log probabilities of given response tokens, in one forward pass.
 
     logprob[t] = log softmax(hidden[P - 1 + t] @ head)[responses[t]]
 
-    prompts (B, P), responses (B, T). Returns (B, T) in nats, padding not masked.
-    Raises ValueError for what is no token. Source: Radford et al. 2018, equation 2.
+    Returns (B, T); padding is not zeroed. Source: Radford et al. 2018, equation 2.
     """
     logprobs, _ = forward_logprobs(model, prompts, responses)
     return logprobs
@@ -289,66 +330,53 @@ def token_logprobs(model, prompts, responses):
 
 # ANCHOR: kl_penalty
 def kl_penalty(logprobs, ref_logprobs, estimator="k1"):
-    """Step 4. Estimate KL(actor || reference), token by token.
+    """Step 4. Estimate KL(actor || reference) from the sampled tokens alone.
 
-    k1 = lp - ref    k2 = (lp - ref)² / 2    k3 = exp(ref - lp) - 1 - (ref - lp)
+    k1 = log p_actor - log p_reference    k2 = k1² / 2    k3 = exp(-k1) - 1 + k1
 
-    k1 and k3 have the KL as their mean, k2 nearly; k1 may be negative on a token, the
-    others never. In the reward only k1 trains RLHF: a reward moves the policy along
-    E[∇ log p * kl], which is ∇ KL for k1, but for k2 and k3 vanishes to first order
-    where actor and reference are equal: there, they do not pull the actor back.
-
-    logprobs, ref_logprobs (B, T). Returns (B, T), all in nats. Raises ValueError for
-    shapes that differ or another estimator.
+    k1 and k3 are unbiased, k2 is slightly biased; only k1 can be negative. In the
+    reward only k1 has KL's own gradient: near the reference, that of k2 and k3 is 0 to
+    first order. In the loss it is the other way round (kl_loss). All (B, T). Raises
+    ValueError if the shapes differ or the estimator is unknown.
     Source: Schulman 2020, "Approximating KL Divergence".
     """
-    if np.shape(logprobs) != np.shape(ref_logprobs):
-        raise ValueError("logprobs, ref_logprobs: shapes differ")
-    difference = 1.0 * np.asarray(logprobs) - np.asarray(ref_logprobs)
+    if logprobs.shape != ref_logprobs.shape or estimator not in ("k1", "k2", "k3"):
+        raise ValueError("kl_penalty: needs equal shapes, and k1, k2 or k3")
+    k1 = logprobs - ref_logprobs
     if estimator == "k1":
-        return difference
+        return k1
     if estimator == "k2":
-        return difference**2 / 2
-    if estimator == "k3":
-        return np.expm1(-difference) + difference
-    raise ValueError(f"estimator: {estimator!r} is not k1, k2 or k3")
+        return k1**2 / 2
+    return np.expm1(-k1) + k1
     # ANCHOR_END: kl_penalty
 
 
 # ANCHOR: shape_rewards
 def shape_rewards(scores, kl, mask, beta):
-    """Step 5. Merge score and KL penalty: a reward per token.
+    """Step 5. Merge scores (B,) and KL (B, T) into one reward per token, (B, T).
 
-    reward[t] = -beta * kl[t], and the score on top of it at the last real token,
-    where the response is complete. A row's sum is score - beta * its KL.
+    reward[t] = -β kl[t], plus the score on the last real token
 
-    scores (B,), kl (B, T) in nats, mask (B, T), beta in score per nat. Returns (B,
-    T), 0 at padding. Raises ValueError for shapes that do not fit or an empty row.
-    Source: Ziegler et al. 2019, equation 2.
+    Only there is the response complete. β is in score per nat. Raises ValueError if the
+    shapes differ or a row has no real token. Source: Ziegler et al. 2019, equation 2.
     """
-    real = np.asarray(mask).astype(bool)
-    if np.shape(kl) != real.shape or np.shape(scores) != real.shape[:-1]:
-        raise ValueError("scores, kl, mask: shapes are not (B,), (B, T), (B, T)")
-    if not real.any(axis=1).all():
-        raise ValueError("mask: a row without a real token has nowhere to score")
-    last = real.shape[1] - 1 - real[:, ::-1].argmax(axis=1)  # (B, T) -> (B,)
-    priced = np.where(real & (beta != 0), kl, 0.0)  # 0 times infinity would be NaN
-    scores = 1.0 * np.asarray(scores)
-    rewards = np.zeros(real.shape, dtype=np.result_type(scores, priced))
-    rewards[np.arange(len(last)), last] = scores
-    return rewards - float(beta) * priced
+    fits = kl.shape == mask.shape and scores.shape == mask.shape[:1]
+    if not fits or not mask.any(axis=1).all():
+        raise ValueError("scores, kl, mask: shapes differ, or a row is empty")
+    last = mask.shape[1] - 1 - (mask[:, ::-1] != 0).argmax(axis=1)  # (B, T) -> (B,)
+    rewards = np.where(mask, -float(beta) * kl, 0.0)
+    rewards[np.arange(len(last)), last] += scores
+    return rewards
     # ANCHOR_END: shape_rewards
 
 
 # ANCHOR: critic_values
 def critic_values(critic, prompts, responses):
-    """Step 6. Predict of each state the reward still to come.
+    """Step 6. Predict the return from each state.
 
-    value[t] = hidden[P - 1 + t] @ head: the state before token t is chosen
+    value[t] = hidden[P - 1 + t] @ head, the state before token t is chosen
 
-    prompts (B, P), responses (B, T). Returns (B, T), in units of reward, padding not
-    masked. Raises ValueError for what is no token of the critic.
-    Source: V in Schulman et al. 2016, section 2.
+    Returns (B, T); padding is not zeroed. Source: V in Schulman et al. 2016, section 2.
     """
     states, _ = predicting_states(critic, prompts, responses)  # (B, T, D)
     return (states @ critic["head"])[..., 0]  # (B, T, D) -> (B, T)
@@ -357,50 +385,44 @@ def critic_values(critic, prompts, responses):
 
 # ANCHOR: gae
 def gae(rewards, values, mask, gamma, lam):
-    """Step 6. Generalized advantage estimation.
+    """Step 6. Generalized advantage estimation, from the last token to the first.
 
     δ[t] = reward[t] + γ value[t + 1] - value[t]
     advantage[t] = δ[t] + γ λ advantage[t + 1]
     return[t] = advantage[t] + value[t]
 
-    t + 1 is the next real token; past the last one, value and advantage are 0.
-    λ = 0 leaves δ, the TD error; λ = 1 is the Monte Carlo return minus the value.
-    rewards, values, mask (B, T); gamma, lam in [0, 1]. Returns (advantages, returns),
-    (B, T) both, 0 at padding. Raises ValueError for shapes that differ.
-    Source: Schulman et al. 2016, equations 11 and 16 to 18.
+    Here t + 1 is the next real token; after the last one, value and advantage are 0.
+    λ = 0 leaves the TD error δ; λ = 1 the sum of the discounted rewards to come, minus
+    the value. All (B, T). Returns (advantages, returns). Raises ValueError if the
+    shapes differ. Source: Schulman et al. 2016, equations 11 and 16 to 18.
     """
-    real = np.asarray(mask).astype(bool)
-    if real.ndim != 2 or not np.shape(rewards) == np.shape(values) == real.shape:
-        raise ValueError("rewards, values, mask: shapes are not (B, T), all three")
-    rewards = np.where(real, rewards, 0.0)
-    values = np.where(real, values, 0.0)
-    advantages = np.zeros(real.shape, dtype=np.result_type(rewards, values))
-    next_value = np.zeros(len(real), dtype=advantages.dtype)
-    next_advantage = np.zeros_like(next_value)
-    for t in reversed(range(real.shape[1])):
+    if not rewards.shape == values.shape == mask.shape:
+        raise ValueError("rewards, values and mask must have the same shape")
+    rewards, values = np.where(mask, rewards, 0.0), np.where(mask, values, 0.0)
+    advantages = np.zeros_like(values)
+    next_value = next_advantage = 0.0
+    for t in reversed(range(mask.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
         advantages[:, t] = delta + gamma * lam * next_advantage
-        next_advantage = np.where(real[:, t], advantages[:, t], next_advantage)
-        next_value = np.where(real[:, t], values[:, t], next_value)
-    advantages = np.where(real, advantages, 0.0)
+        next_value = np.where(mask[:, t], values[:, t], next_value)
+        next_advantage = np.where(mask[:, t], advantages[:, t], next_advantage)
+    advantages = np.where(mask, advantages, 0.0)
     return advantages, advantages + values
     # ANCHOR_END: gae
 
 
 # ANCHOR: rloo_advantages
 def rloo_advantages(rewards, mask, group_size):
-    """Step 6 without a critic. Each response against the others of its group.
+    """Step 6 without a critic. Compare each response with the others of its group.
 
-    advantage = R - mean of the other R's, R the sum of a response's rewards
+    advantage = R - mean of the other R's, where R is the sum of a response's rewards
 
-    rewards, mask (B, T), a group in group_size adjacent rows. Returns (B, T), the
-    same for all real tokens of a response, 0 at padding. Raises ValueError for shapes
-    that differ and rows not in whole groups. Source: RLOO, Ahmadian et al. 2024.
+    group_size adjacent rows answer the same prompt. All (B, T); the tokens of a
+    response share its advantage. Raises ValueError if the shapes differ or a group is
+    incomplete. Source: Ahmadian et al. 2024 (RLOO).
     """
-    if np.shape(rewards) != np.shape(mask) or np.ndim(mask) != 2:
-        raise ValueError("rewards, mask: shapes are not (B, T), both")
-    if group_size < 2 or len(mask) % group_size:
-        raise ValueError("group_size: rows are not in whole groups of 2 or more")
+    if rewards.shape != mask.shape or group_size < 2 or len(mask) % group_size:
+        raise ValueError("rewards, mask: shapes differ, or groups are not complete")
     rewards = np.where(mask, rewards, 0.0)
     totals = rewards.sum(axis=1, dtype=np.float64).reshape(-1, group_size)  # (B/G, G)
     others = (totals.sum(axis=1, keepdims=True) - totals) / (group_size - 1)
@@ -411,46 +433,42 @@ def rloo_advantages(rewards, mask, group_size):
 
 # ANCHOR: grpo_advantages
 def grpo_advantages(rewards, mask, group_size):
-    """Step 6 without a critic. Each response's distance from its group's mean.
+    """Step 6 without a critic. Standardize each response within its group.
 
-    advantage = (R - mean) / (deviation + 1e-6), R the sum of a response's rewards
+    advantage = (R - mean) / (std + 1e-6), where R is the sum of a response's rewards
 
-    The deviation is the unbiased standard deviation of the group. rewards, mask (B,
-    T), a group in group_size adjacent rows. Returns (B, T), the same for all real
-    tokens of a response, 0 at padding. Raises ValueError for shapes that differ and
-    rows not in whole groups. Source: GRPO, Shao et al. 2024, section 4.1.2.
+    The group's std is divided by G - 1. GRPO as published has the KL in the loss, and
+    takes the mean of the loss over each response first; here it is over all tokens.
+    Arguments, result and errors (Raises ValueError) are those of rloo_advantages,
+    (B, T). Source: Shao et al. 2024 (GRPO), section 4.1.2.
     """
-    if np.shape(rewards) != np.shape(mask) or np.ndim(mask) != 2:
-        raise ValueError("rewards, mask: shapes are not (B, T), both")
-    if group_size < 2 or len(mask) % group_size:
-        raise ValueError("group_size: rows are not in whole groups of 2 or more")
+    if rewards.shape != mask.shape or group_size < 2 or len(mask) % group_size:
+        raise ValueError("rewards, mask: shapes differ, or groups are not complete")
     rewards = np.where(mask, rewards, 0.0)
-    totals = rewards.sum(axis=1, dtype=np.float64).reshape(-1, group_size)  # (B/G, G)
-    centered = totals - totals.mean(axis=1, keepdims=True)
-    deviation = totals.std(axis=1, ddof=1, keepdims=True)  # (B/G, 1)
-    advantages = (centered / (deviation + 1e-6)).reshape(-1, 1)  # -> (B, 1)
+    groups = rewards.sum(axis=1, dtype=np.float64).reshape(-1, group_size)  # (B/G, G)
+    centered = groups - groups.mean(axis=1, keepdims=True)
+    std = groups.std(axis=1, ddof=1, keepdims=True)  # (B/G, 1)
+    advantages = (centered / (std + 1e-6)).reshape(-1, 1)  # (B/G, G) -> (B, 1)
     return np.where(mask, advantages, 0.0).astype(rewards.dtype)  # (B, 1) -> (B, T)
     # ANCHOR_END: grpo_advantages
 
 
 # ANCHOR: whiten
 def whiten(x, mask):
-    """Step 6. Shift and scale to mean 0 and variance 1.
+    """Step 6. Shift and scale to mean 0 and variance 1, over the real tokens.
 
-    (x - mean) / sqrt(variance + 1e-8), mean and variance over the real tokens
+    (x - mean) / sqrt(variance + 1e-8)
 
-    The variance is unbiased, divided by n - 1; a single token has variance 0 and not
-    0 / 0. The sums are in float64: in float32 equal numbers would differ.
-    x, mask (B, T). Returns (B, T), 0 at padding. Raises ValueError for shapes that
-    differ or no real token. Source: masked_whiten in TRL.
+    The variance is divided by n - 1; that of a single token counts as 0. Sums are in
+    float64, because rounding in float32 would tell equal numbers apart. All (B, T).
+    Raises ValueError if shapes differ or no token is real. Source: masked_whiten in TRL.
     """
-    x, mask = np.asarray(x), np.asarray(mask)
     if x.shape != mask.shape or not mask.any():
-        raise ValueError("mask: needs the shape of x, and a real token")
-    real = x[mask.astype(bool)].astype(np.float64)  # (B, T) -> (N,)
-    variance = real.var(ddof=min(1, len(real) - 1))
-    whitened = (x.astype(np.float64) - real.mean()) / np.sqrt(variance + 1e-8)
-    return np.where(mask, whitened, 0.0).astype(np.result_type(x, 1.0))
+        raise ValueError("x, mask: shapes differ, or no token is real")
+    real = x[mask != 0].astype(np.float64)  # (B, T) -> (N,)
+    std = np.sqrt(real.var(ddof=min(1, len(real) - 1)) + 1e-8)
+    whitened = np.where(mask, (x.astype(np.float64) - real.mean()) / std, 0.0)
+    return whitened.astype(np.result_type(x, 1.0))
     # ANCHOR_END: whiten
 
 
@@ -459,31 +477,52 @@ def ppo_loss(new_logprobs, old_logprobs, advantages, mask, clip):
     """Step 7. PPO's clipped policy loss and its derivative.
 
     ratio = exp(new - old)
-    loss = mean over real tokens of -min(ratio A, clip(ratio, 1 - clip, 1 + clip) A)
+    loss = mean over real tokens of -min(ratio A, clip(ratio, 1 - ε, 1 + ε) A)
     d loss / d new = -ratio A / n where ratio A is the smaller of the two, else 0
 
-    The minimum takes away the gain, and so the gradient, of moving the ratio past the
-    clip. All (B, T), log probabilities in nats. Returns (loss, d_loss/d_new_logprobs,
-    ratio): scalar, (B, T), (B, T), 0 at padding. Raises ValueError for shapes that
-    differ or no real token. Source: Schulman et al. 2017, equation 7.
+    The gradient of a token is 0 once its ratio has left the clip range in the direction
+    that its advantage A asks for. All (B, T). Returns (loss, d_loss/d_new, ratio).
+    Raises ValueError if the shapes differ or no token is real.
+    Source: Schulman et al. 2017, equation 7.
     """
+    arrays = new_logprobs, old_logprobs, advantages
+    if any(x.shape != mask.shape for x in arrays) or not mask.any():
+        raise ValueError("logprobs, advantages, mask: shapes differ, or no token")
     n = int(np.count_nonzero(mask))
-    shapes = {np.shape(x) for x in (new_logprobs, old_logprobs, advantages, mask)}
-    if len(shapes) > 1 or n == 0:
-        raise ValueError("log probs, advantages, mask: shapes differ, or no token")
-    log_ratio = np.where(mask, new_logprobs, 0.0) - np.where(mask, old_logprobs, 0.0)
-    ratio = np.where(mask, np.exp(log_ratio), 0.0)
-    advantages = np.where(mask, advantages, 0.0)
-    clipped = np.clip(ratio, 1 - float(clip), 1 + float(clip)) * advantages
-    unclipped = np.where(advantages == 0, 0.0, ratio * advantages)  # even if infinite
+    ratio = np.exp(np.where(mask, new_logprobs - old_logprobs, -np.inf))
+    unclipped = ratio * np.where(mask, advantages, 0.0)
+    clipped = np.clip(ratio, 1 - clip, 1 + clip) * np.where(mask, advantages, 0.0)
     loss = -np.minimum(unclipped, clipped).sum(dtype=np.float64) / n
     return loss, np.where(unclipped <= clipped, -unclipped, 0.0) / n, ratio
     # ANCHOR_END: ppo_loss
 
 
 def is_clipped(ratio, advantages, clip):
-    """True where PPO's clip stops the gradient; of real tokens, the clip fraction."""
+    """Where PPO's clip stops the gradient. Its mean over real tokens: clip fraction."""
     return ratio * advantages > np.clip(ratio, 1 - clip, 1 + clip) * advantages
+
+
+# ANCHOR: kl_loss
+def kl_loss(new_logprobs, ref_logprobs, mask, estimator):
+    """Step 7, with --kl-in loss. The KL as a part of the loss, and its derivative.
+
+    loss = mean over real tokens of k1, k2 or k3 (see kl_penalty)
+    d loss / d new = 1 / n for k1, k1 / n for k2, (1 - exp(-k1)) / n for k3
+
+    As in trainers, the sampling is not differentiated. So k1's expected gradient is 0:
+    it restrains nothing. k2's is KL's own, for each token by itself, and k3's is near
+    to it while the actor is near the reference. All (B, T). Returns (loss,
+    d_loss/d_new). Raises ValueError if the shapes differ, no token is real or the
+    estimator is unknown. Source: Shao et al. 2024, equation 4, for k3.
+    """
+    if new_logprobs.shape != mask.shape or not mask.any():
+        raise ValueError("logprobs, mask: shapes differ, or no token is real")
+    n = int(np.count_nonzero(mask))
+    kl = np.where(mask, kl_penalty(new_logprobs, ref_logprobs, estimator), 0.0)
+    k1 = np.where(mask, new_logprobs - ref_logprobs, 0.0)
+    slopes = {"k1": np.ones_like(k1), "k2": k1, "k3": -np.expm1(-k1)}
+    return kl.sum(dtype=np.float64) / n, np.where(mask, slopes[estimator], 0.0) / n
+    # ANCHOR_END: kl_loss
 
 
 # ANCHOR: value_loss
@@ -493,42 +532,53 @@ def value_loss(values, returns, mask):
     loss = mean over real tokens of (value - return)²
     d loss / d value = 2 (value - return) / n
 
-    All (B, T). Returns (loss, d_loss/d_values): scalar, (B, T), 0 at padding. Raises
-    ValueError for shapes that differ or no real token.
-    Source: Schulman et al. 2017, section 5 (L^VF).
+    All (B, T). Returns (loss, d_loss/d_values). Raises ValueError if the shapes differ
+    or no token is real. Source: Schulman et al. 2017, section 5 (L^VF).
     """
+    if not values.shape == returns.shape == mask.shape or not mask.any():
+        raise ValueError("values, returns, mask: shapes differ, or no token is real")
     n = int(np.count_nonzero(mask))
-    if not np.shape(values) == np.shape(returns) == np.shape(mask) or n == 0:
-        raise ValueError("values, returns, mask: shapes differ, or no real token")
-    error = np.where(mask, values, 0.0) - np.where(mask, returns, 0.0)
+    error = np.where(mask, values - returns, 0.0)
     return np.square(error, dtype=np.float64).sum() / n, 2 * error / n
     # ANCHOR_END: value_loss
 
 
 # ANCHOR: actor_gradients
-def actor_gradients(actor, prompts, responses, old_logprobs, advantages, mask, clip):
-    """Step 7. Gradients of ppo_loss for the actor's weights.
+def actor_gradients(
+    actor,
+    prompts,
+    responses,
+    old_logprobs,
+    advantages,
+    mask,
+    clip,
+    ref_logprobs=None,
+    beta=0.0,
+    estimator="k1",
+):
+    """Step 7. Gradients of ppo_loss, plus β kl_loss if ref_logprobs are given.
 
-    Forward, loss, backward: d loss / d weights = d loss / d new * d new / d weights
+    d loss / d weights = d loss / d new * d new / d weights
 
-    prompts (B, P), the others (B, T). Returns (gradients, loss, ratio): keyed like
-    the parameters, scalar, (B, T) with 0 at padding. Raises ValueError as ppo_loss
-    does, and for what is no token of the actor. Source: Schulman et al. 2017,
-    equation 7, by the chain rule.
+    prompts (B, P), the others (B, T). Returns (gradients, loss, ratio); ratio is (B, T).
+    Source: Schulman et al. 2017, equation 7.
     """
     new_logprobs, cache = forward_logprobs(actor, prompts, responses)  # (B, T)
     loss, d_new, ratio = ppo_loss(new_logprobs, old_logprobs, advantages, mask, clip)
+    if ref_logprobs is not None:
+        kl, d_kl = kl_loss(new_logprobs, ref_logprobs, mask, estimator)
+        loss = loss + float(beta) * kl
+        d_new = d_new + float(beta) * d_kl
     return backward_logprobs(actor, cache, d_new), loss, ratio
     # ANCHOR_END: actor_gradients
 
 
 # ANCHOR: critic_gradients
 def critic_gradients(critic, prompts, responses, returns, mask):
-    """Step 7. Gradients of value_loss for the critic's weights.
+    """Step 7. Gradients of value_loss: d loss / d values * d values / d weights.
 
-    prompts (B, P), the others (B, T). Returns (gradients, loss): keyed like the
-    parameters, scalar. Raises ValueError as value_loss does, and for what is no token
-    of the critic. Source: Schulman et al. 2017, section 5, by the chain rule.
+    prompts (B, P), the others (B, T). Returns (gradients, loss).
+    Source: Schulman et al. 2017, section 5.
     """
     states, cache = predicting_states(critic, prompts, responses)  # (B, T, D)
     values = (states @ critic["head"])[..., 0]  # (B, T, D) -> (B, T)
@@ -542,29 +592,25 @@ def critic_gradients(critic, prompts, responses, returns, mask):
 
 # ANCHOR: adam_step
 def adam_step(params, gradients, state, learning_rate):
-    """Step 7. One Adam update, IN PLACE; returns None.
+    """Step 7. One update of Adam, IN PLACE. Returns None.
 
     m = 0.9 m + 0.1 g    v = 0.999 v + 0.001 g²    p -= rate * m̂ / (sqrt(v̂) + 1e-8)
 
-    with m̂ = m / (1 - 0.9^t), v̂ = v / (1 - 0.999^t). Changes params and state, which
-    starts as {} and holds t, m and v. params, m, v are keyed as gradients are; m and
-    v have float32 or better, or g² of a float16 would be 0. Raises ValueError for
-    shapes that differ and what is no float. Source: Kingma & Ba 2015, algorithm 1.
+    m̂ = m / (1 - 0.9^t) and v̂ = v / (1 - 0.999^t) correct for the start at 0. state is
+    {} at first and keeps t, m and v. Raises ValueError, before anything has changed, if
+    a gradient has no parameter of its name and shape, or is new after the first update.
+    Source: Kingma & Ba 2015, algorithm 1.
     """
-    gradients = {name: np.asarray(g) for name, g in gradients.items()}
+    known = state["m"] if state else params
     for name, g in gradients.items():
-        if name not in params or g.shape != params[name].shape:
-            raise ValueError(f"{name}: is no parameter, or its shape differs")
-        if params[name].dtype.kind != "f":
-            raise ValueError(f"{name}: parameters must be floats")
+        if name not in known or g.shape != params[name].shape:
+            raise ValueError(f"{name}: the parameter is unknown or has another shape")
     if not state:
-        kinds = {k: np.result_type(g, np.float32) for k, g in gradients.items()}
-        zeros = {k: np.zeros(g.shape, kinds[k]) for k, g in gradients.items()}
-        state.update(t=0, m=zeros, v=zeros.copy())
+        zeros = dict.fromkeys(gradients, 0.0)
+        state.update(t=0, m=zeros, v=dict(zeros))
     state["t"] += 1
     t, m, v = state["t"], state["m"], state["v"]
     for name, g in gradients.items():
-        g = g.astype(m[name].dtype)
         m[name] = 0.9 * m[name] + 0.1 * g
         v[name] = 0.999 * v[name] + 0.001 * g**2
         m_hat = m[name] / (1 - 0.9**t)
@@ -575,7 +621,7 @@ def adam_step(params, gradients, state, learning_rate):
 
 # ---------------------------------------------------------------- 5. before the loop
 
-# A human's demonstrations, harsh words and soft ones, so that tuning has a choice
+# Words that a human wrote. Some sound hard and some soft, so that there is a choice.
 WORDS = """
 angry apple arch atom alive black bubble bring bone beach church cloth crystal code
 camel dress dinner duck dove date egg empty earth elbow exit fly fresh forest fire
@@ -587,23 +633,23 @@ river rose snow strong spring sugar side thing trust table time tone ugly umbrel
 upper unit user very valley velvet volume vine walk world wheel wine wave xylem
 xylophone xenon xebec xeric yacht yummy yellow year yoga zinc zigzag zebra zone zero
 """.split()
+TUNING_UPDATES, TUNING_BATCH, TUNING_RATE = 400, 128, 3e-2
+REWARD_UPDATES, REWARD_BATCH, REWARD_RATE = 200, 128, 5e-3
+DPO_RATE = 1e-3
 
 
 # ANCHOR: demonstrations
 def demonstrations(words, config):
-    """Words as a human would complete them: first letters, and the rest.
+    """Stage 1. Split words into prompts (first letters) and responses (the rest).
 
-    A word that does not fit into config.response_length with its end token is left
-    out. Returns (prompts, responses, mask) as generate would: (N, 1) and (N, T) int,
-    (N, T), the mask 1 up to and including the end token. Raises ValueError if no word
-    fits. Source: InstructGPT (Ouyang et al. 2022), section 3.2, demonstration data.
+    Words that do not fit into config.response_length with their end token are left
+    out. Returns (prompts, responses, mask): (N, 1), (N, T), (N, T).
+    Source: InstructGPT (Ouyang et al. 2022), section 3.2.
     """
     length = 1 + config.response_length
-    texts = [word.ljust(length, ".") for word in words if len(word) < length]
-    if not texts:
-        raise ValueError("--response-length: no word fits, with its end token")
-    texts = [[LETTERS.index(letter) for letter in text] for text in texts]
-    prompts, responses = np.split(np.array(texts), [1], axis=1)  # (N, 1), (N, T)
+    padded = [word.ljust(length, ".") for word in words if len(word) < length]
+    tokens = np.array([[LETTERS.index(letter) for letter in text] for text in padded])
+    prompts, responses = np.split(tokens, [1], axis=1)  # (N, 1), (N, T)
     ends = np.cumsum(responses == LETTERS.index("."), axis=1)
     return prompts, responses, (ends <= 1).astype(np.float32)
     # ANCHOR_END: demonstrations
@@ -611,47 +657,42 @@ def demonstrations(words, config):
 
 # ANCHOR: fine_tune
 def fine_tune(model, prompts, responses, mask, rng):
-    """Learn to write as the human wrote, IN PLACE: supervised fine-tuning.
+    """Stage 1. Supervised fine-tuning: learn to write as the human wrote, IN PLACE.
 
     loss = mean over real tokens of -log p(token), the cross-entropy
     d loss / d log p = -1 / n
 
-    400 Adam updates, each on 128 rows or all there are. prompts (N, P), responses,
-    mask (N, T). Returns the losses (400,), in nats a token. Raises ValueError for
-    shapes that do not fit. Source: InstructGPT (Ouyang et al. 2022), section 3.5.
+    The mean is over a batch's tokens, so it is not the mean of its parts' means. Each
+    of 400 Adam updates sees 128 of the N rows. Returns the losses (400,). Raises
+    ValueError as score_responses does. Source: InstructGPT, section 3.5.
     """
-    prompts, responses, mask = map(np.asarray, (prompts, responses, mask))
-    if responses.shape != mask.shape or len(prompts) != len(mask) or not mask.any():
-        raise ValueError("prompts, responses, mask: shapes differ, or no real token")
+    last_positions(prompts, responses, mask)  # raises if the mask does not fit
     state, losses = {}, []
-    for learning_rate in np.linspace(3e-2, 0, 400, endpoint=False):
-        rows = rng.permutation(len(prompts))[:128]
+    for update in range(TUNING_UPDATES):
+        rows = rng.permutation(len(prompts))[:TUNING_BATCH]
         logprobs, cache = forward_logprobs(model, prompts[rows], responses[rows])
-        real = mask[rows].astype(logprobs.dtype)
-        n = max(real.sum(), 1)  # these rows may have no real token
+        real = (mask[rows] != 0).astype(logprobs.dtype)
+        n = real.sum()
         losses.append(-(logprobs * real).sum() / n)
         gradients = backward_logprobs(model, cache, -real / n)
-        adam_step(model, gradients, state, float(learning_rate))
+        rate = TUNING_RATE * (1 - update / TUNING_UPDATES)
+        adam_step(model, gradients, state, rate)
     return np.array(losses)
     # ANCHOR_END: fine_tune
 
 
 # ANCHOR: human_scores
 def human_scores(prompts, responses, mask, vocab_size):
-    """What the human thinks of each word, prompt and response: the gold reward.
+    """The simulated human's opinion of each word, from 0 to 1: (B,).
 
-    (1 - |2 v - 1|) * distinct letters / letters, v the share of vowels among them
+    (1 - |2 vowels / letters - 1|) * distinct letters / letters
 
-    The human is simulated: best, at 1, are words that mix vowels and consonants
-    evenly and repeat no letter. Tokens from 0 are a, b, ...; token V - 1 ends the
-    word. Training never sees these scores. prompts (B, P), responses, mask (B, T).
-    Returns (B,) in [0, 1], 0 for an empty word. Raises ValueError for shapes that
-    differ. Source: the gold reward model of Gao et al. 2023; the rule is ours.
+    They like words with as many vowels as consonants, and no letter twice. Prompt (B,
+    P) and response (B, T) are one word; token V - 1 ends it. Returns 0 for no letters.
+    Source: the gold reward model of Gao et al. 2023; the rule is ours.
     """
-    if np.shape(responses) != np.shape(mask) or len(prompts) != len(responses):
-        raise ValueError("prompts, responses, mask: not (B, P), (B, T), (B, T)")
     words = np.concatenate([prompts, responses], axis=1)  # (B, P + T)
-    real = np.concatenate([np.ones(np.shape(prompts)), mask], axis=1).astype(bool)
+    real = np.concatenate([np.ones(prompts.shape), mask], axis=1) != 0
     real &= words != vocab_size - 1
     vowels = (np.isin(words, [0, 4, 8, 14, 20]) & real).sum(axis=1)  # a, e, i, o, u
     distinct = [len(set(word[kept])) for word, kept in zip(words, real)]
@@ -660,33 +701,38 @@ def human_scores(prompts, responses, mask, vocab_size):
     # ANCHOR_END: human_scores
 
 
+def choice_probability(lead):
+    """How likely the human chooses what they like better by lead."""
+    return 1 / (1 + np.exp(-8 * lead))
+
+
 def completes_word(prompts, responses, mask, config):
-    """Whether prompt and response are a demonstrated word and its end token. (B,)."""
-    shown = np.concatenate(demonstrations(WORDS, config)[:2], axis=1)  # (N, 1 + T)
+    """Whether each prompt and response spell one of WORDS and its end token, (B,)."""
     responses = np.where(mask, responses, config.vocab_size - 1)
-    written = np.concatenate([prompts, responses], axis=1)  # (B, 1 + T)
-    return (written[:, None] == shown).all(axis=2).any(axis=1)
+    tokens = np.concatenate([prompts, responses], axis=1)  # (B, 1 + T)
+    length = tokens.shape[1]
+    letters = np.array(list(LETTERS))[tokens]  # (B, 1 + T) of single letters
+    texts = letters.view(f"<U{length}")[:, 0]  # joined, (B,)
+    return np.isin(texts, [w.ljust(length, ".") for w in WORDS if len(w) < length])
 
 
 # ANCHOR: collect_preferences
 def collect_preferences(reference, config, rng):
-    """Let the human choose between two responses to each prompt.
+    """Stage 2. Let the human choose between two responses of the reference.
 
     P(the first is chosen) = sigmoid(8 (human(first) - human(second)))
 
-    so that labels are noisy, as people's are. The reference writes both. With N =
-    config.preference_pairs, returns (prompts, responses, mask) of 2 N rows: the
-    chosen responses, then the rejected ones in the same order; (2 N, P), (2 N, T)
-    both. Source: Bradley & Terry 1952; Christiano et al. 2017, section 2.2.
+    So the choices are noisy, as people's are. With N = config.preference_pairs, returns
+    (prompts, responses, mask) of 2 N rows: the chosen responses, then the rejected ones
+    in the same order. Source: Christiano et al. 2017, section 2.2.
     """
     pairs, vocab_size = config.preference_pairs, config.vocab_size
     prompts = sample_prompts(rng, pairs, config.prompt_length, vocab_size)
     prompts = np.concatenate([prompts, prompts])  # (N, P) -> (2 N, P)
-    length, eos = config.response_length, config.vocab_size - 1
-    responses, mask, _ = generate(reference, prompts, length, rng, eos)
-    human = human_scores(prompts, responses, mask, vocab_size)  # (2 N,)
-    first, second = np.split(human, 2)  # (N,) both
-    first_wins = rng.random(pairs) < 1 / (1 + np.exp(-8 * (first - second)))
+    length, eos_token = config.response_length, vocab_size - 1
+    responses, mask, _ = generate(reference, prompts, length, rng, eos_token)
+    first, second = np.split(human_scores(prompts, responses, mask, vocab_size), 2)
+    first_wins = rng.random(pairs) < choice_probability(first - second)
     chosen = np.arange(pairs) + np.where(first_wins, 0, pairs)
     rejected = np.arange(pairs) + np.where(first_wins, pairs, 0)
     order = np.concatenate([chosen, rejected])
@@ -696,31 +742,31 @@ def collect_preferences(reference, config, rng):
 
 # ANCHOR: preference_loss
 def preference_loss(chosen, rejected):
-    """Bradley-Terry: how badly scores explain the choices.
+    """Stage 2. Bradley-Terry: how badly the scores explain the human's choices.
 
     loss = mean of -log sigmoid(chosen - rejected)
     d loss / d chosen = -sigmoid(rejected - chosen) / n = -d loss / d rejected
 
-    chosen, rejected (N,), the scores of both responses of each pair. Returns (loss,
-    d_chosen, d_rejected): scalar in nats, (N,), (N,). Raises ValueError for shapes
-    that differ or no pair. Source: Stiennon et al. 2020; InstructGPT, equation 1.
+    A number added to all scores changes nothing, so they are centered after training.
+    chosen, rejected (N,) are the scores of each pair. Returns (loss, d_chosen,
+    d_rejected). Raises ValueError if the shapes differ or there is no pair.
+    Source: Stiennon et al. 2020; InstructGPT, equation 1.
     """
-    if np.shape(chosen) != np.shape(rejected) or not np.size(chosen):
-        raise ValueError("chosen, rejected: shapes differ, or no pair")
-    lead = 1.0 * np.asarray(rejected) - np.asarray(chosen)  # of the rejected one
-    losses = np.logaddexp(0, lead)  # -log sigmoid(x) = log(1 + exp(-x))
-    d_rejected = np.exp(lead - losses) / losses.size  # a sigmoid
+    if chosen.shape != rejected.shape or not chosen.size:
+        raise ValueError("chosen, rejected: shapes differ, or there is no pair")
+    margin = rejected - chosen
+    losses = np.logaddexp(0, margin)  # -log sigmoid(x) = log(1 + exp(-x))
+    d_rejected = np.exp(margin - losses) / losses.size  # sigmoid(margin) / n
     return losses.mean(), -d_rejected, d_rejected
     # ANCHOR_END: preference_loss
 
 
 # ANCHOR: reward_gradients
 def reward_gradients(reward_model, prompts, responses, mask):
-    """Gradients of preference_loss for the reward model.
+    """Stage 2. Gradients of preference_loss for the reward model's weights.
 
-    prompts (2 N, P), responses, mask (2 N, T) of collect_preferences, the chosen
-    first. Returns (gradients, loss): keyed like the parameters, scalar. Raises
-    ValueError as score_responses does. Source: InstructGPT, equation 1, chain rule.
+    prompts (2 N, P), responses, mask (2 N, T): the chosen ones first. Returns
+    (gradients, loss). Source: InstructGPT (Ouyang et al. 2022), equation 1.
     """
     head, tokens = reward_model["head"], token_ids(reward_model, prompts, responses)
     hidden, cache = backbone(reward_model, tokens)  # (2 N, P + T, D)
@@ -738,144 +784,258 @@ def reward_gradients(reward_model, prompts, responses, mask):
 
 # ANCHOR: train_reward_model
 def train_reward_model(reward_model, prompts, responses, mask, rng):
-    """Learn to score as the human chose.
+    """Stage 2. Learn to score as the human chose, in 200 Adam updates on 128 pairs.
 
-    200 Adam updates on 128 pairs each. Then scores are shifted and scaled to mean 0
-    and standard deviation 1 over these responses, if they differ at all. prompts (2
-    N, P), responses, mask (2 N, T) of collect_preferences. Returns (reward_model,
-    losses): a new model with a bias, and (200,). Raises ValueError for shapes that do
-    not fit. Source: Stiennon et al. 2020, section 3.4; InstructGPT, section 3.5.
+    Then the scores are shifted and scaled to mean 0 and standard deviation 1 over these
+    responses; "score_std" keeps what they were divided by. prompts (2 N, P), responses,
+    mask (2 N, T): the chosen ones first. Returns (reward_model, losses): a new model
+    with a bias, and (200,). Source: Stiennon et al. 2020, section 3.4.
     """
-    reward_model = {p: reward_model[p].copy() for p in ("embed", "mix", "head")}
-    prompts, responses, mask = map(np.asarray, (prompts, responses, mask))
-    pairs, state, losses = len(prompts) // 2, {}, []
-    if not len(prompts) == len(responses) == len(mask) == 2 * pairs > 0:
-        raise ValueError("prompts, responses, mask: not 2 N rows each")
-    for learning_rate in np.linspace(5e-3, 0, 200, endpoint=False):
-        chosen = rng.integers(0, pairs, size=128)
-        rows = np.concatenate([chosen, chosen + pairs])  # (256,), two of each pair
+    reward_model = {name: reward_model[name].copy() for name in WEIGHTS}
+    chosen_rows, rejected_rows = np.split(np.arange(len(prompts)), 2)
+    state, losses = {}, []
+    for update in range(REWARD_UPDATES):
+        pairs = rng.integers(0, len(chosen_rows), size=REWARD_BATCH)
+        rows = np.concatenate([chosen_rows[pairs], rejected_rows[pairs]])  # (256,)
         batch = prompts[rows], responses[rows], mask[rows]
         gradients, loss = reward_gradients(reward_model, *batch)
-        adam_step(reward_model, gradients, state, float(learning_rate))
+        rate = REWARD_RATE * (1 - update / REWARD_UPDATES)
+        adam_step(reward_model, gradients, state, rate)
         losses.append(loss)
     scores = np.float64(score_responses(reward_model, prompts, responses, mask))
-    deviation = scores.std() if np.ptp(scores) > 1e-6 else 1.0
-    reward_model["head"] /= deviation
-    reward_model["bias"] = np.float32([-scores.mean() / deviation])
+    std = scores.std() if np.ptp(scores) > 1e-6 else 1.0  # all scores may be equal
+    reward_model["head"] /= std
+    reward_model["bias"] = np.float32([-scores.mean() / std])
+    reward_model["score_std"] = np.float32([std])
     return reward_model, np.array(losses)
     # ANCHOR_END: train_reward_model
 
 
-def learn_from_human(config, rng):
-    """Both stages before the loop, InstructGPT's first two.
+class Stages(NamedTuple):
+    """What the stages before the loop leave behind."""
 
-    Returns (untrained, reference, reward_model, losses by name). The reward model
-    begins from the backbone before fine-tuning: from the fine-tuned one, whose states
-    saturate, it is as accurate, but at beta 0 it is hacked on some seeds only.
+    untrained: dict  # weights before fine-tuning
+    reference: dict  # weights after it
+    reward_model: dict
+    pairs: tuple  # prompts, responses, mask of collect_preferences
+    losses: dict  # of "fine_tuning" and of "preferences"
+
+
+def learn_from_human(config, rng=None):
+    """Both stages before the loop, the first two of InstructGPT. Returns Stages.
+
+    The reward model starts from the weights before fine-tuning: from those after it, it
+    is as accurate, but hacked at beta 0 on some seeds only.
     """
+    rng = rng or np.random.default_rng([config.seed, 1])
     untrained = init_model(rng, config.vocab_size, config.width, config.vocab_size)
     reference = {name: weights.copy() for name, weights in untrained.items()}
     tuning = fine_tune(reference, *demonstrations(WORDS, config), rng)
-    preferences = collect_preferences(reference, config, rng)
-    reward_model = init_reward_model(untrained, rng)
-    reward_model, choosing = train_reward_model(reward_model, *preferences, rng)
-    losses = {"fine_tuning/losses": tuning, "preferences/losses": choosing}
-    return untrained, reference, reward_model, losses
+    pairs = collect_preferences(reference, config, rng)
+    start = init_reward_model(untrained, rng)
+    reward_model, choosing = train_reward_model(start, *pairs, rng)
+    losses = {"fine_tuning": tuning, "preferences": choosing}
+    return Stages(untrained, reference, reward_model, pairs, losses)
+
+
+# Without the loop: DPO learns from the same pairs, and samples nothing.
+
+
+# ANCHOR: dpo_loss
+def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta):
+    """Direct preference optimization: preference_loss of the implicit rewards.
+
+    implicit reward = β (log p_actor(response) - log p_reference(response))
+    loss = mean of -log sigmoid(implicit reward of chosen - that of rejected)
+
+    All (N,): sums of log probabilities over each response's real tokens. Returns (loss,
+    d_loss/d_chosen, d_loss/d_rejected). Raises ValueError if the shapes differ.
+    Source: Rafailov et al. 2023, equation 7.
+    """
+    if chosen.shape != ref_chosen.shape or rejected.shape != ref_rejected.shape:
+        raise ValueError("actor's and reference's log probabilities: shapes differ")
+    reward_chosen = float(beta) * (chosen - ref_chosen)
+    reward_rejected = float(beta) * (rejected - ref_rejected)
+    loss, d_chosen, d_rejected = preference_loss(reward_chosen, reward_rejected)
+    return loss, float(beta) * d_chosen, float(beta) * d_rejected
+    # ANCHOR_END: dpo_loss
+
+
+# ANCHOR: dpo_gradients
+def dpo_gradients(actor, ref_logprobs, prompts, responses, mask, beta):
+    """Gradients of dpo_loss for the actor's weights.
+
+    prompts (2 N, P), the others (2 N, T): the chosen ones first. Returns (gradients,
+    loss). Source: Rafailov et al. 2023, equation 7.
+    """
+    logprobs, cache = forward_logprobs(actor, prompts, responses)  # (2 N, T)
+    sums = np.where(mask, logprobs, 0.0).sum(axis=1)  # (2 N, T) -> (2 N,)
+    ref_sums = np.where(mask, ref_logprobs, 0.0).sum(axis=1)
+    halves = *np.split(sums, 2), *np.split(ref_sums, 2)  # (N,) each
+    loss, d_chosen, d_rejected = dpo_loss(*halves, beta)
+    d_sums = np.concatenate([d_chosen, d_rejected])[:, None]  # (2 N, 1)
+    d_logprobs = np.where(mask, d_sums, 0.0)  # (2 N, 1) -> (2 N, T)
+    return backward_logprobs(actor, cache, d_logprobs), loss
+    # ANCHOR_END: dpo_gradients
+
+
+# ANCHOR: dpo_loop
+def dpo_loop(models, pairs, config, rng=None):
+    """DPO in place of core_loop: config.steps updates on batch_size pairs each.
+
+    Changes the actor in place and yields the loss of each update. Scores in the loop
+    are divided by their standard deviation and implicit rewards are not, so β times
+    that deviation aims at the same optimum. pairs are those of collect_preferences.
+    Source: Rafailov et al. 2023, section 4.
+    """
+    prompts, responses, mask = pairs
+    rng = rng or np.random.default_rng([config.seed, 2])
+    beta = config.beta * float(models.reward_model["score_std"][0])
+    ref_logprobs = token_logprobs(models.reference, prompts, responses)  # (2 N, T)
+    chosen_rows, rejected_rows = np.split(np.arange(len(prompts)), 2)
+    state = {}
+    for step in range(config.steps):
+        picked = rng.integers(0, len(chosen_rows), size=config.batch_size)
+        rows = np.concatenate([chosen_rows[picked], rejected_rows[picked]])
+        batch = ref_logprobs[rows], prompts[rows], responses[rows], mask[rows]
+        gradients, loss = dpo_gradients(models.actor, *batch, beta)
+        rate = DPO_RATE * (1 - step / config.steps)
+        adam_step(models.actor, gradients, state, rate)
+        yield loss
+    # ANCHOR_END: dpo_loop
 
 
 # ---------------------------------------------------------------- 6. the models
 
+WEIGHTS = "embed", "context_proj", "head"  # the names of a model's weights
+
 
 class Models(NamedTuple):
-    """The four models, dicts of arrays; the critic is None with rloo and grpo."""
+    """The four models. Each is a dict of weights."""
 
     actor: dict
-    critic: dict
-    reward_model: dict
+    critic: dict | None  # None without one: with rloo, grpo and dpo
+    reward_model: dict  # or a function, as in score_responses
     reference: dict
 
 
-def init_weights(rng, rows, columns, deviation):
-    """Draw a float32 matrix uniformly around 0 with the given standard deviation."""
+def init_weights(rng, rows, columns, std):
+    """Draw a float32 matrix uniformly around 0 with this standard deviation."""
     centered = rng.random((rows, columns), dtype=np.float32) - np.float32(0.5)
-    return centered * np.float32(12**0.5 * deviation)
+    return centered * np.float32(12**0.5 * std)
 
 
 def init_model(rng, vocab_size, width, out_width):
-    """Draw a model in float32: embed (V, D), mix (D, D), head (D, out_width)."""
-    return {  # context outweighs the token, so that late states know the whole text
+    """Draw a model: embed (V, D), context_proj (D, D), head (D, out_width)."""
+    return {  # the context counts more than the token, so the last state knows it all
         "embed": init_weights(rng, vocab_size, width, 0.1),
-        "mix": init_weights(rng, width, width, 5 / width**0.5),
+        "context_proj": init_weights(rng, width, width, 5 / width**0.5),
         "head": init_weights(rng, width, out_width, 1 / width**0.5),
     }
 
 
+def with_head(model, head):
+    """A copy of a model with another head."""
+    return {**{name: model[name].copy() for name in WEIGHTS}, "head": head}
+
+
 def init_reward_model(model, rng):
-    """A reward model before it learns: a model's backbone and a random head."""
-    head = init_weights(rng, len(model["mix"]), 1, 2.5 / len(model["mix"]) ** 0.5)
-    return {"embed": model["embed"].copy(), "mix": model["mix"].copy(), "head": head}
+    """A reward model before it learns: a copy of a model with a random head."""
+    width = len(model["context_proj"])
+    return with_head(model, init_weights(rng, width, 1, 2.5 / width**0.5))
 
 
 def init_models(config, rng, reference=None, reward_model=None):
-    """All four as the loop finds them; random where no trained ones are given. Actor
-    and critic begin as the reference. drift sets the actor off it and the critic's
-    head off 0, as training would: else the first KL would be 0."""
-    sizes, drift = (config.vocab_size, config.width), np.float32(config.drift)
+    """All four models as the loop finds them, random unless they are given.
+
+    Actor and critic start from the reference. In the walk-through drift moves the actor
+    off it, and the critic's head off 0, as training would; else the first KL were 0.
+    """
+    sizes, drift = (config.vocab_size, config.width), np.float32(config.start_drift)
     reference = reference or init_model(rng, *sizes, config.vocab_size)
     reward_model = reward_model or init_reward_model(reference, rng)
     noise = init_model(rng, *sizes, config.vocab_size)
     actor = {name: reference[name] + drift * noise[name] for name in reference}
     critic = None
-    if config.advantage == "gae":
-        head = drift * init_weights(rng, config.width, 1, 1 / config.width**0.5)
-        critic = {**{p: reference[p].copy() for p in ("embed", "mix")}, "head": head}
+    if config.method == "ppo":
+        head = init_weights(rng, config.width, 1, 1 / config.width**0.5)
+        critic = with_head(reference, drift * head)
     return Models(actor, critic, reward_model, reference)
 
 
-def token_ids(model, *parts):
-    """Arrays of tokens side by side, (B, S) int64; ValueError for what is none."""
-    parts = [np.asarray(part) for part in parts]
-    if any(x.ndim != 2 or not x.size or len(x) != len(parts[0]) for x in parts):
-        raise ValueError("prompts, responses: shapes are not (B, P), (B, T)")
-    if any(part.dtype.kind not in "iu" for part in parts):
-        raise ValueError("prompts, responses: tokens are whole numbers")
-    tokens = np.concatenate([part.astype(np.int64) for part in parts], axis=1)
-    if tokens.min() < 0 or tokens.max() >= len(model["embed"]):
-        raise ValueError("prompts, responses: tokens are from 0 to V - 1")
-    return tokens
+def configure(preset="gpt2", **settings):
+    """The Config that the command line makes of these flags.
+
+    Raises ValueError if the preset or a setting is unknown, or a value is wrong.
+    """
+    known = [item.name for item in fields(Config)]
+    unknown = [name for name in settings if name not in known]
+    if preset not in PRESETS or unknown:
+        raise ValueError(f"unknown {unknown or preset}: presets are gpt2 and letters")
+    return Config(**PRESETS[preset] | settings)
+
+
+def prepare(config, stages=None):
+    """The Models that the loop starts with. With letters, the stages before the loop are
+    computed unless they are given. The human's rule is scaled as learned scores are."""
+    rng = np.random.default_rng(config.seed)
+    if not config.uses_letters:
+        return init_models(config, rng)
+    stages = stages or learn_from_human(config)
+    reward_model, V = stages.reward_model, config.vocab_size
+    if config.reward == "human":
+        opinions = human_scores(*stages.pairs, V)
+        mean, std = opinions.mean(), opinions.std() or 1.0
+
+        def reward_model(*texts):
+            return (human_scores(*texts, V) - mean) / std
+
+    return init_models(config, rng, stages.reference, reward_model)
+
+
+def token_ids(model, prompts, responses=None):
+    """Prompts (B, P) and responses (B, T) side by side, (B, P + T) int64."""
+    parts = [prompts] if responses is None else [prompts, responses]
+    vocab_size = len(model["embed"])
+    for ids in parts:
+        whole = ids.ndim == 2 and ids.dtype.kind in "iu" and len(ids) == len(prompts)
+        if not whole or not ids.size or ids.min() < 0 or ids.max() >= vocab_size:
+            raise ValueError("token ids must be (B, S) integers from 0 to V - 1")
+    return np.concatenate([ids.astype(np.int64) for ids in parts], axis=1)
 
 
 def last_positions(prompts, responses, mask):
-    """Where the last real tokens stand in both, (B,) twice; ValueError for none."""
-    real = np.asarray(mask).astype(bool)
-    if real.shape != np.shape(responses) or not real.any(axis=1).all():
-        raise ValueError("mask: needs the shape of responses, and a 1 in each row")
-    from_the_end = real[:, ::-1].argmax(axis=1)  # (B, T) -> (B,)
-    last = np.shape(prompts)[1] + real.shape[1] - 1 - from_the_end
-    return np.arange(len(real)), last
+    """(row, column) indices of the last real token of each row, (B,) each."""
+    if mask.shape != responses.shape or not mask.any(axis=1).all():
+        raise ValueError("responses, mask: shapes differ, or a row has no real token")
+    from_the_end = (mask[:, ::-1] != 0).argmax(axis=1)  # (B, T) -> (B,)
+    last = prompts.shape[1] + mask.shape[1] - 1 - from_the_end
+    return np.arange(len(mask)), last
 
 
 def backbone(model, tokens):
-    """Hidden states of a causal one-layer model, (B, S) -> (B, S, D), and a cache.
+    """Hidden states of a causal model with one layer, (B, S) -> (B, S, D), and a cache.
 
-    context[t] = sum(embed[x[0..t]]) / sqrt(t + 1): equal attention, constant variance
-    hidden[t] = tanh(embed[x[t]] + context[t] @ mix)
+    context[t] = sum(embed[x[0..t]]) / sqrt(t + 1): uniform attention, constant variance
+    hidden[t] = tanh(embed[x[t]] + context[t] @ context_proj)
     """
     x = model["embed"][tokens]  # (B, S) -> (B, S, D)
     context = uniform_attention(x) @ x  # (S, S) @ (B, S, D)
-    hidden = np.tanh(x + context @ model["mix"])
+    hidden = np.tanh(x + context @ model["context_proj"])
     return hidden, (tokens, hidden, context)
 
 
 def backbone_gradients(model, cache, d_states):
-    """Gradients for embed and mix, given d loss / d the last T states, (B, T, D)."""
+    """Gradients of embed and context_proj, from d loss / d the last T states (B, T, D)."""
     tokens, hidden, context = cache
     d_hidden = np.zeros_like(hidden)
     d_hidden[:, -d_states.shape[1] :] = d_states
     d_before = d_hidden * (1 - hidden**2)  # through tanh
-    d_mix = np.einsum("bsd,bse->de", context, d_before, optimize=True)
-    d_x = d_before + uniform_attention(hidden).T @ (d_before @ model["mix"].T)
-    return {"embed": sum_by_token(tokens, d_x, len(model["embed"])), "mix": d_mix}
+    d_proj = np.einsum("bsd,bse->de", context, d_before, optimize=True)
+    d_context = d_before @ model["context_proj"].T
+    d_x = d_before + uniform_attention(hidden).T @ d_context
+    d_embed = sum_by_token(tokens, d_x, len(model["embed"]))
+    return {"embed": d_embed, "context_proj": d_proj}
 
 
 def uniform_attention(x):
@@ -885,52 +1045,54 @@ def uniform_attention(x):
 
 
 def predicting_states(model, prompts, responses):
-    """The states that predict the response, (B, T, D), token t at P - 1 + t, and the
-    cache for their gradients. prompts (B, P), responses (B, T)."""
-    tokens = token_ids(model, prompts, responses)[:, :-1]  # nothing follows the last
+    """The states that predict the response, (B, T, D), and the cache. Token t is predicted
+    by the state at position P - 1 + t.
+    """
+    tokens = token_ids(model, prompts, responses)[:, :-1]  # the last predicts nothing
     hidden, cache = backbone(model, tokens)  # (B, P + T - 1, D)
-    return hidden[:, np.shape(prompts)[1] - 1 :], cache
+    return hidden[:, prompts.shape[1] - 1 :], cache
 
 
 def log_softmax(logits):
-    """log(exp(logits) / Σ exp(logits)) over the last axis; nothing overflows."""
+    """log(exp(logits) / Σ exp(logits)) over the last axis, without overflow."""
     shifted = logits - logits.max(axis=-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
 
-def exact_kl(logits, reference, prompts, responses):
-    """KL(actor || reference), at each position Σ over v of p(v) log(p(v) / q(v)): (B,
-    T) in nats, padding not masked. logits (B, T, V) are the actor's."""
-    states, _ = predicting_states(reference, prompts, responses)  # (B, T, D)
-    if logits.shape != (*responses.shape, reference["head"].shape[1]):
-        raise ValueError("logits: shape is not (B, T, V)")
-    kl = np.empty(responses.shape, dtype=logits.dtype)
-    for t in range(responses.shape[1]):  # a position at a time, to save memory
-        log_p = log_softmax(logits[:, t])  # (B, V)
-        log_q = log_softmax(states[:, t] @ reference["head"])  # (B, V)
-        kl[:, t] = (np.exp(log_p) * (log_p - log_q)).sum(axis=1)
-    return kl
-
-
 def sample_tokens(logits, rng):
-    """Draw a token for each row of logits (B, V): the first whose running sum of
-    probability reaches a random share of the total. (tokens, logprobs), (B,) both."""
+    """Draw a token for each row of logits (B, V): the first where the running sum of the
+    probabilities reaches a random fraction of the total. (tokens, logprobs), (B,) each.
+    """
     logprobs = log_softmax(logits)
     running = np.cumsum(np.exp(logprobs), axis=1, dtype=np.float64)
-    share = 1 - rng.random(len(logits))  # above 0: what has no weight is never drawn
-    tokens = (running >= share[:, None] * running[:, -1:]).argmax(axis=1)
+    fraction = 1 - rng.random(len(logits))  # above 0: p = 0 is never drawn
+    tokens = (running >= fraction[:, None] * running[:, -1:]).argmax(axis=1)
     return tokens, np.take_along_axis(logprobs, tokens[:, None], axis=1)[:, 0]
 
 
-# What follows is there for speed: the logits of all tokens, an (N, V) matrix, would
-# cost more in fresh memory than in arithmetic. So log probabilities and gradients see
-# the vocabulary in slices that stay in the processor's cache.
+def exact_kl(actor, reference, prompts, responses):
+    """KL(actor || reference) at each position: Σ p log(p / q) over the vocabulary.
+
+    prompts (B, P), responses (B, T). Returns (B, T) in nats; padding positions are not
+    zeroed. No (B, T, V) array is ever in memory.
+    """
+    states, _ = predicting_states(actor, prompts, responses)  # (B, T, D)
+    ref_states, _ = predicting_states(reference, prompts, responses)  # (B, T, D)
+    kl = np.empty(responses.shape, dtype=states.dtype)
+    for t in range(responses.shape[1]):
+        log_p = log_softmax(states[:, t] @ actor["head"])  # (B, V)
+        log_q = log_softmax(ref_states[:, t] @ reference["head"])  # (B, V)
+        kl[:, t] = (np.exp(log_p) * (log_p - log_q)).sum(axis=1)
+    return kl
 
 
 def forward_logprobs(model, prompts, responses):
     """Log probabilities of response tokens (B, T), and a cache for their gradients.
 
-    logprob = state · head[token] - log Σ exp(state · head[v]) over the vocabulary
+    logprob = state @ head[:, token] - log Σ exp(state @ head)
+
+    The sum over the vocabulary is taken in slices, which saves memory and time: all
+    logits at once would be (N, V), with N = B T.
     """
     states, cache = predicting_states(model, prompts, responses)  # (B, T, D)
     head, flat = model["head"], states.reshape(-1, states.shape[2])  # (N, D)
@@ -944,19 +1106,21 @@ def forward_logprobs(model, prompts, responses):
         log_sums = np.logaddexp(log_sums, highest + np.log(sums))
     log_sums = log_sums.reshape(states.shape[:2])  # (N,) -> (B, T)
     chosen = np.einsum("btd,dbt->bt", states, head[:, responses])  # (B, T)
-    return chosen - log_sums, (cache, states, np.asarray(responses), log_sums)
+    return chosen - log_sums, (cache, states, responses, log_sums)
 
 
 def backward_logprobs(model, cache, d_logprobs):
-    """Gradients for all weights, given d_logprobs = d loss / d logprobs (B, T).
+    """Gradients of all weights, from d_logprobs = d loss / d logprobs (B, T).
 
-    d logprob / d logits = one-hot(token) - softmax(logits)
+    d logprob / d logits = one_hot(token) - softmax(logits)
+
+    The part of softmax is taken in the same slices.
     """
     cache, states, responses, log_sums = cache
     head, flat = model["head"], states.reshape(-1, states.shape[2])  # (N, D)
     tokens, scale = responses.ravel(), d_logprobs.reshape(-1, 1)  # (N,), (N, 1)
-    scaled = scale * flat  # (N, D): so that no (N, v) matrix need be scaled
-    d_flat = scale * head.T[tokens]  # the one-hot's share, (N, D)
+    scaled = scale * flat  # (N, D)
+    d_flat = scale * head.T[tokens]  # one_hot's part, (N, D)
     d_head = np.empty_like(head)
     for columns in vocabulary_slices(flat, head):
         softmax = flat @ head[:, columns]  # (N, D) -> (N, v)
@@ -964,17 +1128,17 @@ def backward_logprobs(model, cache, d_logprobs):
         np.exp(softmax, out=softmax)
         d_flat -= scale * (softmax @ head[:, columns].T)  # (N, v) -> (N, D)
         d_head[:, columns] = -scaled.T @ softmax  # (D, N) @ (N, v)
-    d_head += sum_by_token(tokens, scaled, head.shape[1]).T  # the one-hot's share
+    d_head += sum_by_token(tokens, scaled, head.shape[1]).T  # one_hot's part, (D, V)
     d_states = d_flat.reshape(states.shape)  # (N, D) -> (B, T, D)
     return {**backbone_gradients(model, cache, d_states), "head": d_head}
 
 
 def sum_by_token(tokens, rows, vocab_size):
-    """Add up the rows (..., D) of each token (...): (V, D); flat, which is fast."""
+    """Add up the rows (..., D) of each token (...). Returns (V, D)."""
     width = rows.shape[-1]
     sums = np.zeros(vocab_size * width, dtype=rows.dtype)
     places = tokens[..., None].astype(np.int64) * width + np.arange(width)
-    np.add.at(sums, places.ravel(), rows.ravel())
+    np.add.at(sums, places.ravel(), rows.ravel())  # much faster on flat arrays
     return sums.reshape(vocab_size, width)
 
 
@@ -984,264 +1148,397 @@ def vocabulary_slices(states, head):
     return [slice(first, first + step) for first in range(0, head.shape[1], step)]
 
 
-# Freed at once, so that glibc keeps what is smaller for the next array: a training on
-# letters takes 0.8 of the processor time that it takes without this line.
-np.empty(32_000_000, dtype=np.uint8)
-
 # ---------------------------------------------------------------- 7. measuring
 
+METRICS = {"score": "objective/scores", "human": "objective/human_scores"}
+METRICS |= {"words": "val/words", "KL": "objective/kl"}  # what a training shows
+LOST_WORDS = 0.7  # "Words are being lost" if less than this fraction of them is left
+HUMAN_MARGIN, SCORE_MARGIN = 0.005, 0.02  # smaller changes are never called a change
 
-def real_mean(x, mask):
-    """Mean over the real tokens of what is 0 at padding, (..., B, T) -> (...)."""
+
+def masked_mean(x, mask):
+    """Mean over the real tokens; x must be 0 at padding. (..., B, T) -> (...)."""
     return x.sum(axis=(-2, -1)) / np.count_nonzero(mask)
 
 
-def judge_stages(untrained, reference, reward_model, config, rng):
-    """What both stages before the loop reached, on fresh responses: arrays by name.
+def sample_step(policy, models, prompts, config, rng):
+    """The first four parts of a Step: a policy's responses, from which nobody learns."""
+    length, eos_token = config.response_length, config.vocab_size - 1
+    responses, mask, logprobs = generate(policy, prompts, length, rng, eos_token)
+    scores = score_responses(models.reward_model, prompts, responses, mask)
+    ref_logprobs = token_logprobs(models.reference, prompts, responses) * mask
+    kl = kl_penalty(logprobs, ref_logprobs)
+    return Step(prompts, responses, mask, logprobs, scores, ref_logprobs, kl)
 
-    best_loss, in nats a token: where k words share a first letter each has p = 1 / k.
-    accuracy: the share of pairs whose chosen response scores higher, a tie half.
+
+def judge_stages(stages, config):
+    """What the stages before the loop reached, on new responses: arrays by name.
+
+    best_loss, in nats per token, is that of a model that knows all words by heart: if k
+    words share a first letter, each has probability 1 / k. accuracy is the fraction of
+    pairs whose chosen response scores higher (a tie counts half), and best_accuracy
+    that of a scorer that knows the human's opinions: the choices are noisy.
     """
+    rng, V = np.random.default_rng([config.seed, 5]), config.vocab_size
     letters, _, real = demonstrations(WORDS, config)
     alike = (letters == letters.T).sum(axis=1)  # (N, N) -> (N,)
-    fresh = replace(config, preference_pairs=2048)
-    pairs = collect_preferences(reference, fresh, rng)
-    length, eos_token = config.response_length, config.vocab_size - 1
-    before, *_ = generate(untrained, pairs[0][:4], length, rng, eos_token)
-    seen = dict(zip(("prompts", "responses", "mask"), pairs))
-    seen["scores"] = score_responses(reward_model, *pairs)
-    seen["human"] = human_scores(*pairs, config.vocab_size)
-    chosen, rejected = np.split(seen["scores"], 2)
-    seen["accuracy"] = np.heaviside(chosen - rejected, 0.5).mean()
-    return {f"preferences/{name}": array for name, array in seen.items()} | {
+    new = replace(config, preference_pairs=2048)
+    prompts, responses, mask = texts = collect_preferences(stages.reference, new, rng)
+    length = config.response_length
+    before, *_ = generate(stages.untrained, prompts[:4], length, rng, V - 1)
+    human = human_scores(*texts, V)
+    scores = score_responses(stages.reward_model, *texts)
+    lead, preference = (np.subtract(*np.split(x, 2)) for x in (scores, human))
+    return {
+        "fine_tuning/losses": stages.losses["fine_tuning"],
         "fine_tuning/best_loss": np.log(alike).sum() / real.sum(),
         "fine_tuning/before": before,
         "fine_tuning/count": len(letters),
-        "fine_tuning/words": completes_word(*pairs, config).mean(),
+        "fine_tuning/words": completes_word(*texts, config).mean(),
+        "preferences/losses": stages.losses["preferences"],
+        "preferences/prompts": prompts,
+        "preferences/responses": responses,
+        "preferences/mask": mask,
+        "preferences/human": human,
+        "preferences/scores": scores,
+        "preferences/accuracy": np.heaviside(lead, 0.5).mean(),
+        "preferences/best_accuracy": choice_probability(abs(preference)).mean(),
     }
 
 
-def walk_through(models, config, rng):
-    """One step of core_loop: its dicts, with what a reader wants to see besides."""
-    data = {}
-    for stage in core_loop(models, config, rng):
-        data |= stage
-        texts = data["prompts"], data.get("responses")
-        if "old_logprobs" in stage:
-            states, _ = predicting_states(models.actor, *texts)  # (B, T, D)
-            logits = stage["logits"] = states @ models.actor["head"]  # (B, T, V)
-        if "kl" in stage:
-            logprobs = data["old_logprobs"], data["ref_logprobs"]
-            stage |= {k: kl_penalty(*logprobs, k) for k in ("k1", "k2", "k3")}
-            exact = exact_kl(logits, models.reference, *texts)
-            stage["exact_kl"] = exact * data["mask"]
-            del logits  # the largest array of all
-        if "ratio" in stage:
-            check_finite(models, data, 1)
-            after = token_logprobs(models.actor, *texts)
-            stage["new_logprobs"] = after * data["mask"]
-            acts = data["ratio"], data["whitened"]
-            stage["clipped"] = is_clipped(*acts, config.clip)
-        yield stage
+@dataclass
+class WalkThrough:
+    """One Step, and what a reader wants to see besides."""
+
+    step: Step
+    estimates: dict  # k1, k2 and k3 of each token, (B, T) in nats
+    exact_kl: np.ndarray  # (B, T) in nats
+    new_logprobs: np.ndarray  # (B, T) of the actor after the update
+    clipped: np.ndarray  # (epochs, B, T), True where the clip stopped the gradient
+    costs: dict  # of step_costs
 
 
-def train(models, config, rng):
-    """core_loop, drained a step at a time: yields (metrics, the step's arrays)."""
-    data, step = {}, 0
-    for stage in core_loop(models, config, rng):
-        data |= stage
-        if "ratio" in stage:
-            step += 1
-            check_finite(models, data, step)
-            yield step_metrics(data, config, step), data
+def walk_through(models, config):
+    """Compute one step of core_loop. Returns a WalkThrough."""
+    old_actor = {name: weights.copy() for name, weights in models.actor.items()}
+    (step,) = core_loop(models, config)
+    check_finite(models, step, 1)
+    texts = step.prompts, step.responses
+    logprobs = step.old_logprobs, step.ref_logprobs
+    estimates = {name: kl_penalty(*logprobs, name) for name in ("k1", "k2", "k3")}
+    exact = exact_kl(old_actor, models.reference, *texts) * step.mask
+    new_logprobs = token_logprobs(models.actor, *texts) * step.mask
+    clipped = is_clipped(step.ratio, step.loss_advantages, config.clip)
+    costs = step_costs(models, config)
+    return WalkThrough(step, estimates, exact, new_logprobs, clipped, costs)
 
 
-def check_finite(models, data, step):
-    """Raises FloatingPointError where a loss is not finite, a weight beyond 10^6, or
-    every ratio 0 or infinite: then nothing is left to train on."""
+def step_costs(models, config):
+    """{model: passes forward, backward, bytes of weights, gradients, Adam's m and v}. A
+    reward function has no weights, and is left out."""
+    costs = {}
+    for name, model in models._asdict().items():
+        if isinstance(model, dict):
+            updates = config.ppo_epochs if name in ("actor", "critic") else 0
+            size = sum(model[weights].nbytes for weights in WEIGHTS)
+            learned = size if updates else 0
+            costs[name] = 1 + updates, updates, size, learned, 2 * learned
+    return costs
+
+
+def train(models, config, pairs=None):
+    """Train for config.steps. Yields (metrics, Step) of each step.
+
+    DPO samples nothing, so its Step holds new responses, from which it does not learn.
+    """
+    if config.method != "dpo":
+        for number, step in enumerate(core_loop(models, config), 1):
+            check_finite(models, step, number)
+            yield step_metrics(step, config, number), step
+        return
+    rng = np.random.default_rng([config.seed, 6])
+    for number, loss in enumerate(dpo_loop(models, pairs, config), 1):
+        count, length = config.batch_size, config.prompt_length
+        prompts = sample_prompts(rng, count, length, config.vocab_size)
+        step = sample_step(models.actor, models, prompts, config, rng)
+        step.actor_loss = np.array([loss])
+        check_finite(models, step, number)
+        metrics = {"loss/policy_avg": loss, "episode": number * count}
+        yield text_metrics(step, config) | metrics, step
+
+
+def check_finite(models, step, number):
+    """Raises FloatingPointError if a loss is not finite, a weight is beyond 10^6, or
+    every ratio of the last epoch is 0 or infinite."""
     learned = [*models.actor.values(), *(models.critic or {}).values()]
-    losses = [*data["actor_loss"], *data["critic_loss"]]
-    sound = np.isfinite(losses).all() and all((abs(w) < 1e6).all() for w in learned)
-    if not sound or np.isin(data["ratio"][-1][data["mask"] != 0], [0, np.inf]).all():
-        advice = "lower --learning-rate, --beta or --drift"
-        raise FloatingPointError(f"step {step} diverged: {advice}")
+    sound = np.isfinite(step.actor_loss).all()  # the critic's follows its weights
+    sound = sound and all((abs(w) < 1e6).all() for w in learned)
+    if sound and step.ratio is not None:
+        sound = not np.isin(step.ratio[-1][step.mask != 0], [0, np.inf]).all()
+    if not sound:
+        advice = "Lower --learning-rate, --beta or --drift."
+        raise FloatingPointError(f"step {number} diverged. {advice}")
 
 
-def step_metrics(data, config, step):
-    """What a step is judged by, under TRL's names where it has one: means over the
-    batch of sums over a response; of policy/, loss/, val/ratio over all tokens."""
-    texts, ratio = (data["prompts"], data["responses"], data["mask"]), data["ratio"]
-    mask, ended = data["mask"], data["responses"] == config.vocab_size - 1
-    score, kl = data["scores"].mean(), data["kl"].sum(axis=1).mean()
-    clipped = is_clipped(ratio, data["whitened"], config.clip)
-    log_ratio = np.log(np.where(mask, np.maximum(ratio, 1e-37), 1))  # no log of 0
+def text_metrics(step, config):
+    """What responses are judged by, under TRL's names where it has one: means over the
+    batch of sums over a response."""
+    ended = (step.responses == config.vocab_size - 1) & (step.mask != 0)
+    score, kl = step.scores.mean(), step.kl.sum(axis=1).mean()
     metrics = {
         "objective/scores": score,
         "objective/kl": kl,
-        "objective/entropy": -data["old_logprobs"].sum(axis=1).mean(),
+        "objective/entropy": -step.old_logprobs.sum(axis=1).mean(),
         "objective/non_score_reward": 0.0 - config.beta * kl,
         "objective/rlhf_reward": score - config.beta * kl,
-        "policy/approxkl_avg": 0.5 * real_mean(log_ratio**2, mask).mean(),
-        "policy/clipfrac_avg": real_mean(clipped, mask).mean(),
-        "loss/policy_avg": data["actor_loss"].mean(),
-        "val/ratio": real_mean(ratio, mask).mean(),
-        "val/num_eos_tokens": np.count_nonzero(ended & (mask != 0)),
-        "val/response_length": np.count_nonzero(mask) / len(mask),
-        "lr": data["lr"],
-        "episode": step * config.batch_size,
+        "val/num_eos_tokens": np.count_nonzero(ended),
+        "val/response_length": np.count_nonzero(step.mask) / len(step.mask),
     }
-    if config.advantage == "gae":
-        metrics["loss/value_avg"] = data["critic_loss"].mean()
-    if config.readable:
+    if config.uses_letters:
+        texts = step.prompts, step.responses, step.mask
         human = human_scores(*texts, config.vocab_size)
         metrics["objective/human_scores"] = human.mean()
         metrics["val/words"] = completes_word(*texts, config).mean()
     return metrics
 
 
-def stretch_means(values):
-    """Of stretches of steps that double in length, from 0, 1, 3, 7, ... on: their
-    starts, means and standard errors, as neighbouring steps differ."""
+def step_metrics(step, config, number):
+    """text_metrics of a Step, and means over its tokens and epochs."""
+    mask, ratio = step.mask, step.ratio
+    clipped = is_clipped(ratio, step.loss_advantages, config.clip)
+    log_ratio = np.log(np.where(mask, np.maximum(ratio, 1e-37), 1))  # no log of 0
+    metrics = text_metrics(step, config) | {
+        "policy/approxkl_avg": 0.5 * masked_mean(log_ratio**2, mask).mean(),
+        "policy/clipfrac_avg": masked_mean(clipped, mask).mean(),
+        "loss/policy_avg": step.actor_loss.mean(),
+        "val/ratio": masked_mean(ratio, mask).mean(),
+        "lr": step.learning_rate,
+        "episode": number * config.batch_size,
+    }
+    if config.method == "ppo":
+        metrics["loss/value_avg"] = step.critic_loss.mean()
+    return metrics
+
+
+def window_means(values):
+    """Starts, means and standard errors over windows of 1, 2, 4, 8, ... steps. The
+    errors come from the differences between neighbouring steps."""
     starts = 2 ** np.arange(len(values).bit_length()) - 1
     sizes = np.diff([*starts, len(values)])
-    deviation = np.sqrt(np.mean(np.diff(values) ** 2) / 2)  # of one step
-    return starts, np.add.reduceat(values, starts) / sizes, deviation / np.sqrt(sizes)
+    std = np.sqrt(np.mean(np.diff(values) ** 2) / 2)  # of one step
+    return starts, np.add.reduceat(values, starts) / sizes, std / np.sqrt(sizes)
 
 
-def gain_shares(start, reached, beta, every_prompt):
-    """J_start, J, J_star, (J - J_start) / (J_star - J_start), and standard errors.
+def direction(values, least):
+    """1 if the last window is clearly above the first, -1 if below, 0 if neither."""
+    _, means, errors = window_means(values)
+    change, noise = means[-1] - means[0], np.hypot(errors[0], errors[-1])
+    return np.sign(change) if abs(change) > max(3 * noise, least) else 0
 
-    start, reached (prompts, responses): score - β * KL of the reference's responses
-    and the actor's. J_star is NaN where half of the responses lower it by more than
-    its error, the share where J_star - J_start is less than three of its own errors.
+
+def verdict(history):
+    """What a training on letters came to, in a few words."""
+    human = direction(history["objective/human_scores"], HUMAN_MARGIN)
+    score = direction(history["objective/scores"], SCORE_MARGIN)
+    _, words, _ = window_means(history["val/words"])
+    if score < 0:
+        return "Training collapsed"
+    if human < 0 < score:
+        return "Reward hacking"
+    if words[-1] < LOST_WORDS * words[0]:
+        return "Words are being lost"
+    return "Better liked, in words" if human > 0 else "No clear change"
+
+
+def estimator_warning(config):
+    """A sentence where the KL does not restrain the actor as it should, else ""."""
+    name = config.kl_estimator
+    if config.method == "dpo" or config.beta == 0:
+        return ""
+    if config.kl_in == "loss" and name == "k1":
+        return "k1 in the loss restrains nothing: its expected gradient is 0."
+    if config.kl_in == "reward" and name != "k1":
+        return (
+            f"{name} in the reward restrains too little: it is no KL to the gradient."
+        )
+    return ""
+
+
+def optimum(scores, leads, beta):
+    """J_star for each prompt, the responses' weights, and the estimate's bias.
+
+    J_star = β log E_reference[exp(score / β)]
+
+    is the largest possible E[score] - β KL (Rafailov et al. 2023, equation 4). Half of
+    the responses are the reference's and half the actor's, so the weight of each is
+    exp(score / β) * reference / mixture. scores and leads = log p_actor - log
+    p_reference are (prompts, responses). NaN at β 0, and if one response carries more
+    than half of a prompt's weight. The bias is the jackknife's.
     """
-
-    def error(values):  # with every prompt there, only the responses are chance
-        if every_prompt:
-            return np.sqrt(values.var(axis=1, ddof=1).mean() / values.size)
-        return values.mean(axis=1).std(ddof=1) / len(values) ** 0.5
-
-    best = start * np.nan
-    if beta:  # log E[exp], with the noise of each response in it
-        highest = start.max(axis=1, keepdims=True)  # (prompts, 1)
-        weights = np.exp((start - highest) / beta)
-        mean = weights.mean(axis=1, keepdims=True)
-        best = highest + beta * (np.log(mean) + weights / mean - 1)
-        halves = weights.reshape(len(start), 2, -1).mean(axis=2)  # (prompts, 2)
-        if beta * np.log(mean / halves).mean() > error(best):
-            best = start * np.nan
-    stake, share = best - start, np.nan
-    if stake.mean() > max(3 * error(stake), 1e-6):
-        share = (reached - start).mean() / stake.mean()
-    noise = error(reached - start - share * stake) / stake.mean()
-    gain = {"share": share, "share_error": noise}
-    for name, values in ("J_start", start), ("J", reached), ("J_star", best):
-        gain |= {name: values.mean(), f"{name}_error": error(values)}
-    return gain
+    if not beta:
+        return np.full(len(scores), np.nan), np.zeros_like(scores), 0.0
+    logits, n = scores / beta - np.logaddexp(0, leads) + np.log(2), scores.shape[1]
+    highest = logits.max(axis=1, keepdims=True)
+    weights = np.exp(logits - highest)
+    j_star = beta * (highest[:, 0] + np.log(weights.mean(axis=1)))
+    weights = weights / weights.sum(axis=1, keepdims=True)
+    if weights.max() > 0.5:
+        return np.nan * j_star, weights, 0.0
+    without_one = np.log1p(-weights) + np.log(n / (n - 1))  # log Z, one by one
+    return j_star, weights, beta * (n - 1) * without_one.mean()
 
 
-def attainable_gain(models, config, rng, response_count=512):
-    """How much of what is possible training has reached, in J = E[score] - β E[KL].
+def theory(models, config, count=512):
+    """How the actor does on count new responses to each letter, and how near it comes
+    to the optimum: floats by name.
 
-    No policy exceeds J_star = E over prompts of β log E[exp(score / β)], over the
-    reference's responses (Korbak et al. 2022; Rafailov et al. 2023, equation 4).
-    From response_count fresh responses to every prompt where there are at most 32,
-    else to 32 drawn ones. Returns floats by name; {} where it would take long.
+    J = score - β KL is the actor's, J_start the reference's, and share = (J - J_start)
+    / (J_star - J_start), NaN if its denominator is less than three of its errors.
+    Errors are standard errors by the delta method, J_star's plus the bias.
     """
-    length, eos_token = config.response_length, config.vocab_size - 1
-    every_prompt = config.prompt_length == 1 and config.vocab_size <= 33
-    prompts = np.arange(eos_token)[:, None]
-    if not every_prompt:
-        prompts = sample_prompts(rng, 32, config.prompt_length, config.vocab_size)
-    shape = len(prompts), response_count
-    tokens = math.prod(shape) * (config.prompt_length + length)
-    if tokens * config.width * (config.width + config.vocab_size) > 2e9:
-        return {}
-    prompts = np.repeat(prompts, response_count, axis=0)
-    samples = []
-    for policy in models.reference, models.actor:
-        responses, mask, logprobs = generate(policy, prompts, length, rng, eos_token)
-        scores = score_responses(models.reward_model, prompts, responses, mask)
-        ref_logprobs = token_logprobs(models.reference, prompts, responses) * mask
-        kl = kl_penalty(logprobs, ref_logprobs).sum(axis=1, dtype=np.float64)
-        samples.append((scores - config.beta * kl).reshape(shape))
-    gain = {"score": scores.mean(), "kl": kl.mean()}  # of the actor
-    if config.readable:
-        texts = prompts, responses, mask
-        gain["human"] = human_scores(*texts, config.vocab_size).mean()
-        gain["words"] = completes_word(*texts, config).mean()
-    return gain | gain_shares(*samples, config.beta, every_prompt)
+    rng = np.random.default_rng([config.seed, 3])
+    prompts = np.repeat(np.arange(config.vocab_size - 1)[:, None], count, axis=0)
+    start = sample_step(models.reference, models, prompts, config, rng)
+    end = sample_step(models.actor, models, prompts, config, rng)
+    by_actor = token_logprobs(models.actor, prompts, start.responses) * start.mask
+    sums = (by_actor - start.ref_logprobs).sum(axis=1), end.kl.sum(axis=1)
+    arrays = start.scores, end.scores, *sums
+    by_prompt = [np.float64(x).reshape(-1, count) for x in arrays]  # (prompts, count)
+    j_start, scores, lead_start, kl = by_prompt
+    j, leads = scores - config.beta * kl, np.hstack([lead_start, kl])
+    best, weights, bias = optimum(np.hstack([j_start, scores]), leads, config.beta)
+    pull = np.split(config.beta * count * weights, 2, axis=1)  # of each on J_star
+
+    def error(of_start, of_end):  # every prompt is there, so only responses vary
+        variance = of_start.var(axis=1, ddof=1) + of_end.var(axis=1, ddof=1)
+        return np.sqrt(variance.mean() / j.size)
+
+    stake = best.mean() - j_start.mean()
+    stake_error = error(pull[0] - j_start, pull[1]) + abs(bias)
+    share = (j.mean() - j_start.mean()) / stake if stake > 3 * stake_error else np.nan
+    rest = error((share - 1) * j_start - share * pull[0], j - share * pull[1])
+    texts = prompts, end.responses, end.mask
+    return {
+        "score": scores.mean(),
+        "human": human_scores(*texts, config.vocab_size).mean(),
+        "words": completes_word(*texts, config).mean(),
+        "kl": kl.mean(),
+        "J_start": j_start.mean(),
+        "J_start_error": error(j_start, 0 * j),
+        "J": j.mean(),
+        "J_error": error(0 * j, j),
+        "J_star": best.mean(),
+        "J_star_error": error(*pull) + abs(bias),
+        "share": share,
+        "share_error": (rest + abs(share * bias)) / stake,
+    }
+
+
+@dataclass
+class Run:
+    """A training: its metrics and two texts of each step, and what came of it."""
+
+    config: Config
+    label: str
+    models: Models
+    metrics: list
+    texts: list
+    theory: dict
+    words: dict  # six texts of "reference" and "actor": prompts, responses, mask
+
+    @property
+    def history(self):
+        """The metrics as arrays (steps,), NaN for steps that were not reached."""
+        missing = [np.nan] * (self.config.steps - len(self.metrics))
+        names = self.metrics[0] if self.metrics else ()
+        return {n: np.array([m[n] for m in self.metrics] + missing) for n in names}
+
+
+def six_words(models, config):
+    """Responses of the reference and of the actor to the same six first letters."""
+    words, prompts = {}, np.arange(0, 26, 5)[:, None]
+    for name, model in ("reference", models.reference), ("actor", models.actor):
+        rng = np.random.default_rng([config.seed, 4])
+        step = sample_step(model, models, prompts, config, rng)
+        words[name] = prompts, step.responses, step.mask
+    return words
 
 
 # ---------------------------------------------------------------- 8. the presentation
 
-PICTURE = """
-  prompts ─► actor ─► responses ─┬─► reward model ─► score ────────┐
-               ▲                 ├─► reference ─► KL to the actor ─┴► rewards ─┐
-               │                 └─► critic ────► values ─────────► GAE ◄──────┘
-               │                        ▲                            │
-               └────── PPO update ──────┴─────────── advantages ◄────┘
-"""
-PICTURE_WITHOUT_CRITIC = """
+PICTURE = __doc__.split("\n\n")[3]
+PICTURE_OF_GROUPS = """\
   prompts ─► actor ─► responses ─┬─► reward model ─► score ────────┐
                ▲                 └─► reference ─► KL to the actor ─┴► rewards ─┐
-               └─ PPO update ◄── advantages ◄── comparison in a group ◄────────┘
-"""
-ASCII = str.maketrans("─►▲│└┘┐┬├┤┴◄●○△…·βγδλ±", "->^|+++++++<ox*..bgdl~")
-STYLES = {  # a terminal's own theme decides on its colours; exports have theirs
-    "terminal": ("dim", "cyan", "magenta", "green", "blue", "red"),
-    "dark": ("#a0a0a0", "#50c8dc", "#dc8ce6", "#50d278", "#82aaff", "#ff7878"),
-    "light": ("#606060", "#00687a", "#8b2a96", "#1c6b2c", "#1f4fbf", "#b3261e"),
+               └─ PPO update ◄── advantages ◄── comparison in a group ◄────────┘"""
+PICTURE_OF_DPO = """\
+  chosen and ─┬─► reference ─► log probs ─┐
+  rejected    └─► actor ─────► log probs ─┴► implicit rewards ─► DPO loss ─┐
+  responses         ▲                                                      │
+                    └───────────────────── update ◄────────────────────────┘"""
+PICTURES = {
+    PICTURE: "The critic learns to predict the reward to come.",
+    PICTURE_OF_GROUPS: "Without a critic, the responses to one prompt are compared.",
+    PICTURE_OF_DPO: "DPO learns from pairs that a human compared. It uses no reward model.",
 }
-OWNERS = ("actor", "critic", "reward", "reference", "human")
-WHY = (  # asked before each step, answered on its page
-    "Why only prompts, and no answers?",
-    'Why are log probs "old"?',
-    "Why one number for a whole response?",
-    "Why can the KL of a token be negative?",
-    "Why does the score stand on the last token?",
-    "Why advantages, and not the rewards themselves?",
-    "Why is the ratio 1 in the first epoch, and why clip it?",
-)
-LEDGER = {"actor": "old_logprobs", "ref": "ref_logprobs", "KL": "kl"}
-LEDGER |= {"reward": "rewards", "value": "values", "advantage": "advantages"}
-LEDGER |= {"A": "whitened"}
-METRICS = {"score": "objective/scores", "human": "objective/human_scores"}
-METRICS |= {"words": "val/words", "KL": "objective/kl"}
+PICTURE_OF = {"ppo": PICTURE, "dpo": PICTURE_OF_DPO}  # otherwise of groups
+ASCII = str.maketrans("─►▲│└┘┐┬├┤┴◄●○△…·βγδλΣ±²", "->^|+++++++<ox*..bgdlS~2")
+# Each colour has a contrast of at least 4.5 on black and on white.
+MODELS = {"actor": "#088199", "critic": "#a347e5", "reward model": "#957000"}
+MODELS |= {"reference": "#1870ec"}
+GOOD, BAD, WARNING = "bold #0f8823", "bold #e12c2c", "bold #b85c00"
+STYLES = {"question": "bold italic", "note": "#757575"}
+STYLES |= {"word": GOOD, "string": "italic underline #e12c2c"}
+VERDICTS = {"Better liked, in words": GOOD, "Words are being lost": WARNING}
+VERDICTS |= {"Reward hacking": BAD, "Training collapsed": BAD}  # others are bold
+MARKS = "●○△#+x%&"
+COLOURS = "#088199 #c932b0 #957000 #1870ec #a347e5 #757575 #b85c00 #df2070".split()
+BLACK = TerminalTheme((0, 0, 0), (217, 217, 217), [(0, 0, 0)] * 8)
 
 
-class Styled(RegexHighlighter):
-    """Styles pages, which are texts, by layout and by the names of the models."""
-
-    highlights = (
-        r"(?m)^(?P<title>\S.*)",  # a line without indent
-        r"(?m)(?P<quiet>^    (?! ).*|\t.*)",  # narration, by its indent; notes, after a tab
-        r"(?<![\w.])(?P<figure>-?\d[\d,.]*\d|\d)",
-        *(rf"(?i)\b(?P<{owner}>{owner}( model)?)\b" for owner in OWNERS),
-    )
+def make_console(**options):
+    """A console of 80 columns, with the styles above."""
+    options |= {"width": 80, "soft_wrap": True, "highlight": False, "markup": False}
+    return Console(emoji=False, theme=Theme(MODELS | STYLES), **options)
 
 
-def make_console(styles="terminal", **options):
-    """A console of 80 columns that styles texts and wraps none."""
-    quiet, *colours = STYLES[styles]
-    theme = {owner: f"not dim {colour}" for owner, colour in zip(OWNERS, colours)}
-    theme |= {"title": "bold", "quiet": quiet, "figure": "bold not dim"}
-    options |= {"width": 80, "tab_size": 38, "soft_wrap": True, "markup": False}
-    return Console(emoji=False, highlighter=Styled(), theme=Theme(theme), **options)
+def with_names(text, style=""):
+    """A text with the name of each model in the model's colour."""
+    text = Text(text, style)
+    for name in MODELS:
+        text.highlight_regex(rf"(?i)\b{name}\b", name)
+    return text
 
 
-def table(columns, star=None):
-    """Columns, {head: numbers or texts}; in one of them the largest has a star."""
-    grid, styled, cells = Table(box=None, padding=(0, 0, 0, 2)), Styled(), []
-    for head, values in columns.items():
-        texts = [x if isinstance(x, str) else fixed(x) for x in values]
-        if head == star:
-            texts[np.argmax(values)] += "*"
-        justify = "right" if re.match(r"-|\d", "".join(texts)) else "left"
-        grid.add_column(styled(head), justify=justify, overflow="fold")
-        cells.append(texts)
-    for row in zip(*cells):
-        grid.add_row(*row)
+def page(heading, *parts):
+    """A title, then lines (tuples: label, figure, note), paragraphs (strings) and more.
+
+    A paragraph that ends with a question mark is a question: --pause asks it first.
+    """
+    shown = [with_names(heading, "bold")]
+    shown[0].stylize("reverse", 0, heading.find(":") + 1)
+    for part in parts:
+        if isinstance(part, str):
+            lines = textwrap.fill(" ".join(part.split()), 76)
+            style = "question" if lines.endswith("?") else ""
+            part = with_names(textwrap.indent(lines, "    "), style)
+        elif isinstance(part, tuple):
+            label, figure, note = (*part, "", "")[:3]
+            part = Text.assemble("  ", label, (str(figure), "bold"))
+            part.pad_right(max(38 - len(part), 2) if note else 0)
+            part.append(note, "note")
+        shown.append(part)
+    return Group(*shown)
+
+
+def table(columns, left=1, gap=2):
+    """Rich's table of {head: cells}; the first columns are aligned to the left."""
+    grid = Table(box=None, padding=(0, 0, 0, gap), header_style="")
+    for number, head in enumerate(columns):
+        justify = "left" if number < left else "right"
+        grid.add_column(with_names(head), justify=justify, overflow="fold")
+    for row in zip(*columns.values()):
+        grid.add_row(*[x if isinstance(x, Text) else with_names(str(x)) for x in row])
     return grid
 
 
@@ -1252,282 +1549,594 @@ def fixed(value, digits=2, error=None):
     return "-" if np.isnan(value) else text
 
 
-def listed(values, most=4, form=fixed):
-    """As in [0.73, 0.45, 0.91, …, 0.62], with most of 4."""
-    texts = [form(value) for value in values]
+def listed(values, most=4, digits=2):
+    """As in [0.73, 0.45, 0.91, …, 0.62]; token ids have no decimals."""
+    texts = [str(x) if isinstance(x, Integral) else fixed(x, digits) for x in values]
     if len(texts) > most:
         texts[most - 1 : -1] = ["…"]
     return f"[{', '.join(texts)}]"
 
 
+def preview(array, mask):
+    """An array's shape, the first response's values, and the mean over all tokens."""
+    values = listed(array[0][mask[0] != 0], 3)
+    return array.shape, f"{values} mean {fixed(masked_mean(array, mask), 3)}"
+
+
 def texts_of(prompts, responses, config, most=17):
-    """Responses as text: as words, which begin with the prompt, or by their numbers."""
-    if not config.readable:
-        return [listed(row, 3, str) for row in responses]
+    """Responses as words, which begin with the prompt, or as lists of token ids."""
+    if not config.uses_letters:
+        return [listed(row, 3) for row in responses]
     rows = np.concatenate([prompts, responses], axis=1)
     words = ["".join(LETTERS[token] for token in row).partition(".") for row in rows]
     return [w + dot if len(w) <= most else w[:most] + "…" for w, dot, _ in words]
 
 
-def stages_page(seen, config):
-    """Before the loop: fine-tuning on words, and the reward model."""
-    seen = {name.replace("preferences/", ""): array for name, array in seen.items()}
+def words_line(label, texts, config, most=8):
+    """Responses side by side: real words in one style, other strings in another."""
+    line, real = Text(label), [None] * len(texts[0])
+    if config.uses_letters:
+        real = completes_word(*texts, config)
+    for text, known in zip(texts_of(*texts[:2], config, most), real):
+        line.append(text, {None: "", True: "word", False: "string"}[known])
+        line.append(" " * (most + 2 - len(text)))
+    return line
+
+
+def fall(losses):
+    """How a loss fell."""
+    return f"{losses[0]:.2f} -> {losses[-20:].mean():.2f}", "first; mean of last 20"
+
+
+def opening_page(heading, configs):
+    """What takes part, for each method."""
+    config, methods = configs[0], [config.method for config in configs]
+    pictures = dict.fromkeys(PICTURE_OF.get(m, PICTURE_OF_GROUPS) for m in methods)
+    scorer = "human's rule" if config.reward == "human" else "reward model"
+    shown = [with_names(text.replace("reward model", scorer)) for text in pictures]
+    says = f"""All weights are random here: the numbers are real, but the text means nothing.
+        Tokens are numbers from 0 to {config.vocab_size - 1}. --preset letters uses real words."""
+    if config.uses_letters:
+        says = """A prompt is the first letter of a word, the response is the rest, and a full stop
+            ends it. Each letter is a token."""
+    return page(
+        f"=== {heading} ===",
+        *shown,
+        f"""The actor writes responses and learns. The {scorer} scores them. The reference is the
+        actor as it was before. Like the {scorer} it is frozen: no step changes it.
+        {" ".join(map(PICTURES.get, pictures))} {says}""",
+    )
+
+
+def tuning_page(report, config):
+    """Stage 1: what fine-tuning reached."""
+    names, losses = ("prompts", "responses", "mask"), report["fine_tuning/losses"]
+    best, real = report["fine_tuning/best_loss"], report["fine_tuning/words"]
+    after, before = (
+        [report[f"preferences/{n}"][:5] for n in names],
+        report["fine_tuning/before"],
+    )
+    untrained = after[0][:4], before, np.cumsum(before == 26, axis=1) <= 1
+    return page(
+        "Stage 1: Supervised fine-tuning (Reference)",
+        ("Words to learn from: ", report["fine_tuning/count"], "written by a human"),
+        ("Loss: ", *fall(losses)),
+        ("Best possible loss: ", fixed(best), "nats per letter"),
+        ("Real words: ", f"{real:.1%}", "of what it writes now"),
+        words_line("  Before: ", untrained, config, 12),
+        words_line("  After:  ", after, config, 12),
+        """The loss is the mean of -log p of each next letter, in nats; 1 nat is 1.44 bits. It
+        cannot reach 0, because several words share a first letter. This model is now the
+        reference, and the actor starts as its copy.""",
+        "Why learn from examples first?",
+        """A reward can only choose among responses that a model already writes, and before this
+        stage it wrote no words.""",
+    )
+
+
+def choices_page(report, config):
+    """Stage 2: what the reward model learned."""
+    seen = {name.partition("/")[2]: x for name, x in report.items() if "pref" in name}
     words = texts_of(seen["prompts"], seen["responses"], config)
-    before = texts_of(seen["prompts"][:4], seen["fine_tuning/before"], config)
-    tuning, choosing = seen["fine_tuning/losses"], seen["losses"]
     pairs, right = len(words) // 2, seen["accuracy"]
+    error, best = (right * (1 - right) / pairs) ** 0.5, seen["best_accuracy"]
     differ = [row for row in range(pairs) if words[row] != words[row + pairs]]
     rows = [row + other for row in differ[:3] for other in (0, pairs)]
     columns = {"": ["chosen", "rejected"] * 3, "word": [words[row] for row in rows]}
-    columns |= {"human": seen["human"][rows], "score": seen["scores"][rows]}
-    text = f"""Stage 1: Fine-tuning on {seen["fine_tuning/count"]} words that a human wrote
-  Loss: {tuning[0]:.2f} -> {tuning[-20:].mean():.2f}\tnats per letter (a bit is 0.69 nats)
-  Best possible: {seen["fine_tuning/best_loss"]:.2f}\tthe first letter leaves a choice
-  Real words: {seen["fine_tuning/words"]:.1%}\tof what it writes are words it was shown
-    A prompt is a first letter; a . ends a word. What it wrote before and after:
-    {" ".join(before)}
-    {" ".join(words[:4] + words[pairs : pairs + 4])}
-    This is the reference from now on, and the actor begins as its copy.
+    for head, name in ("human", "human"), ("score", "scores"):
+        columns[head] = [fixed(seen[name][row]) for row in rows]
+    return page(
+        "Stage 2: Learning from a human's choices (Reward Model)",
+        ("Preference pairs: ", config.preference_pairs, "one of two is chosen"),
+        ("Loss: ", *fall(seen["losses"])),
+        (
+            "Correct on new pairs: ",
+            f"{right:.1%} ± {error:.1%}",
+            f"{best:.1%} at best",
+        ),
+        table(columns, left=2),
+        """The loss is -log sigmoid(score of chosen - score of rejected). The human is simulated:
+        they rate a word from 0 to 1, highest if it has as many vowels as consonants and repeats
+        no letter. They choose the better word more often, but not always, so nobody can predict
+        every choice. ± is one standard error.""",
+        "What does the reward model see of the ratings?",
+        """Nothing: only which of two words was preferred. It is frozen from now on, and it is
+        unreliable for texts that are unlike these words.""",
+    )
 
-Stage 2: A reward model that learns from a human's choices
-  Preference pairs: {config.preference_pairs}\tchosen by the human's opinion, with noise
-  Loss: {choosing[:20].mean():.3f} -> {choosing[-20:].mean():.3f}\t-log sigmoid(chosen - rejected)
-  Fresh pairs right: {right:.1%}\t± {(right * (1 - right) / pairs) ** 0.5:.1%}, of noisy choices
-    The human likes vowels and consonants evenly mixed, no letter twice: from 0
-    to 1. The reward model sees only which one was chosen; it is frozen now."""
-    return Group(text, table(columns), "")
+
+def prompts_page(seen, config):
+    """Step 1."""
+    prompts, times = seen.step.prompts, config.group_size
+    first, *_ = texts_of(prompts[:, :0], prompts, config)
+    grouped = f"Each prompt gets {times} responses." * (config.method != "ppo")
+    return page(
+        "Step 1: Sample prompts",
+        ("Batch size: ", len(prompts)),
+        ("Prompt shapes: ", f"{prompts.shape} tokens", f"the first: {first}"),
+        "Why only prompts, and no answers?",
+        f"""The actor writes the answers itself, in step 2. It learns from its own attempts, not
+        from examples. {grouped}""",
+    )
 
 
-def step_pages(data, config):
-    """The pages of the seven steps, each of what data holds by then."""
+def responses_page(seen, config):
+    """Step 2."""
+    step, mask, V = seen.step, seen.step.mask, config.vocab_size
+    (B, T), (first, *_) = mask.shape, texts_of(step.prompts, step.responses, config)
+    ended = int(((step.responses == V - 1) & (mask != 0)).any(axis=1).sum())
+    return page(
+        "Step 2: Generate responses (Actor)",
+        ("Actor forward pass...",),
+        ("Generated tokens: ", mask.shape, f"the first: {first}"),
+        ("Actor logits: ", (B, T, V), f"{4e-6 * B * T * V:.1f} MB if all were kept"),
+        ("Old log probs: ", *preview(step.old_logprobs, mask)),
+        f"""At each position the actor gives each of the {V} tokens a number, its logit. Softmax
+        turns the logits into probabilities, and one token is sampled. The log of its probability
+        is kept; it would be {-np.log(V):.2f} if all tokens were equally likely. The logits would
+        be the step's largest tensor, so only one position's are in memory at a time. {ended} of
+        {B} responses ended with the end token; {B - ended} were cut off after {T} tokens and are
+        scored as they are.""",
+        'Why are log probs "old"?',
+        """They belong to the actor that wrote the responses. Step 7 changes the actor and compares
+        its new log probs with these, which are held fixed.""",
+    )
 
-    def mean(name):
-        return fixed(real_mean(data[name], mask), 3)
 
-    def preview(name):
-        return f"{mask.shape}\t{listed(data[name][0][real], 3)} mean {mean(name)}"
+def scores_page(seen, config):
+    """Step 3."""
+    owner, how = "Reward Model", "its weights are random here"
+    why = "It learns from choices between whole responses"
+    if config.uses_letters:
+        how = "trained in stage 2"
+    if config.reward == "human":
+        owner, how, why = "Human's Rule", "no model", "The human rates whole words"
+    return page(
+        f"Step 3: Score responses ({owner})",
+        (f"{owner.capitalize()} forward pass...", "", how),
+        ("Scores: ", listed(seen.step.scores)),
+        "A score says how much a response should be liked: the higher, the better.",
+        "Why one number for a whole response?",
+        f"{why}, so the score is for a whole response, too.",
+    )
 
-    first, *_ = texts_of(data["prompts"][:, :0], data["prompts"], config)
-    yield f"""Step 1: Sample prompts
-  Batch size: {len(data["prompts"])}
-  Prompt shapes: {data["prompts"].shape} tokens\tthe first: {first}
-    {WHY[0]} The actor writes its own training data.
-"""
-    logits, mask, real = data["logits"].shape, data["mask"], data["mask"][0] != 0
-    first, *_ = texts_of(data["prompts"], data["responses"], config)
-    yield f"""Step 2: Generate responses (Actor)
-  Actor forward pass...
-  Generated tokens: {mask.shape}\tthe first: {first}
-  Actor logits: {logits}\t{4e-6 * math.prod(logits):.1f} MB; softmax: probabilities
-  Old log probs: {preview("old_logprobs")}
-    The first response's first tokens and last; mean: over all. In nats, natural
-    logarithms: {-math.log(logits[2]):.2f} if all tokens were equally probable.
-    {WHY[1]} They stay while step 7 changes the actor.
-"""
-    yield f"""Step 3: Score responses (Reward Model)
-  Reward model forward pass...\tits weights are {"trained" if config.readable else "random"}
-  Scores: {listed(data["scores"])}
-    {WHY[2]} Only what is complete can be judged.
-"""
-    yield f"""Step 4: Compute KL penalty (Reference)
-  Reference forward pass...
-  Reference log probs: {preview("ref_logprobs")}
-  KL divergence per token: {mask.shape}\t{listed(data["kl"][0][real], 3)}
-  Mean KL: {mean("kl")}\tnats per token, by {config.kl_estimator}
-  Exact KL: {mean("exact_kl")}\tall {config.vocab_size} tokens; an estimate needs one
-    KL: how far the actor is from the reference. At its start that would be 0;
-    this one was moved by --drift {config.drift:g}, as if training had begun.
-    From the sampled token alone, in the mean {mean("k1")} {mean("k2")} {mean("k3")}:
-    k1 = log p_actor - log p_reference, k2 = k1^2/2, k3 = exp(-k1) - 1 + k1.
-    {WHY[3]} k1 is, on {real_mean(data["k1"] < -1e-5, mask):.0%} of them:
-    those likelier under the reference. As a reward only k1 has KL's gradient.
-"""
-    score, kl, totals = data["scores"][0], data["kl"][0].sum(), data["rewards"].sum(1)
-    yield f"""Step 5: Compute total rewards
-  reward = reward_model_score - β * KL
-  Total rewards: {listed(totals)}
-    The first: {score:.6g} - {config.beta:g} * {kl:.6g} = {fixed(totals[0])}, its KL summed.
-    By token: {listed(data["rewards"][0][real])}: -β * KL each, the last + score.
-    {WHY[4]} It judges what is complete.
-"""
-    whitened = f"  Whitened: {preview('whitened')}\n"
-    if config.advantage == "gae":
-        yield f"""Step 6: Compute advantages (Critic + GAE)
-  Critic forward pass...
-  Values: {preview("values")}
-  GAE advantages: {preview("advantages")}
-{whitened}    Value: the reward that the critic expects before a token is chosen. GAE,
-    generalized advantage estimation: how much better it turned out.
-    δ[t] = reward[t] + γ value[t+1] - value[t], and all are 0 past the end
-    advantage[t] = δ[t] + γ λ advantage[t+1], γ = {config.gamma:g}, λ = {config.lam:g}
-    return[t] = advantage[t] + value[t], the reward still to come
-    {WHY[5]} A high one may be less than
-    expected. Whitened, to mean 0 and variance 1: no scale of scores matters.
-"""
+
+def kl_page(seen, config):
+    """Step 4."""
+    step, mask, V = seen.step, seen.step.mask, config.vocab_size
+    means = {name: masked_mean(x, mask) for name, x in seen.estimates.items()}
+    means["exact"] = masked_mean(seen.exact_kl, mask)
+    formulas = ["log p_actor - log p_reference", "k1² / 2", "exp(-k1) - 1 + k1"]
+    formulas.append(f"Σ p log(p / q), {V} tokens")
+    columns = {"estimator": means, "formula": formulas}
+    columns["mean"] = [fixed(mean, 3) for mean in means.values()]
+    negative = masked_mean(seen.estimates["k1"] < -1e-5, mask)
+    by, first = f"nats per token, by {config.kl_estimator}", step.kl[0][mask[0] != 0]
+    return page(
+        "Step 4: Compute KL penalty (Reference)",
+        ("Reference forward pass...",),
+        ("Reference log probs: ", *preview(step.ref_logprobs, mask)),
+        ("KL divergence per token: ", mask.shape, listed(first, 3)),
+        ("Mean KL: ", fixed(masked_mean(step.kl, mask), 3), by),
+        f"""The KL says how far the actor has moved from the reference. A training starts at 0;
+        here --drift {config.start_drift:g} has moved the actor, as if it had begun. k1, k2 and k3
+        are estimates from the sampled token alone. The exact KL needs both models' logits.""",
+        table(columns, left=2),
+        "Why can the KL of a token be negative?",
+        f"""Only the estimate k1 can. It is negative where the reference finds the sampled token
+        likelier than the actor does, here on {negative:.0%} of the tokens.""",
+    )
+
+
+def rewards_page(seen, config):
+    """Step 5."""
+    step, beta, formula = (
+        seen.step,
+        config.beta,
+        "reward = reward_model_score - β * KL",
+    )
+    totals, score = step.rewards.sum(axis=1), fixed(step.scores[0], 3)
+    tokens = listed(step.rewards[0][step.mask[0] != 0])
+    kl, total = fixed(step.kl[0].sum(), 3 + len(f"{beta:.0f}")), fixed(totals[0], 3)
+    says = f"""β is the price of moving away from the reference: {beta:g} points of score per nat.
+        The first response's total is its score minus β times the KL of all its tokens:
+        {score} - {beta:g} * {kl} = {total}. Token by token, its rewards are {tokens}: each token
+        pays β times its own KL, and the last one also gets the score."""
+    if config.kl_in == "loss":
+        formula = "reward = reward_model_score"
+        says = f"""With --kl-in loss the rewards are the scores alone, and step 7 has the KL. Token
+            by token, the first response's rewards are {tokens}."""
+    if config.reward == "human":
+        formula = formula.replace("reward_model", "human")
+    return page(
+        "Step 5: Compute total rewards",
+        (formula,),
+        ("Total rewards: ", listed(totals)),
+        says,
+        "Why does the score stand on the last token?",
+        "Only there is the response complete. Step 6 passes it on to earlier tokens.",
+    )
+
+
+def advantages_page(seen, config):
+    """Step 6."""
+    step, mask, group = seen.step, seen.step.mask, config.group_size
+    advantages = preview(step.advantages, mask)
+    whitened = [("Whitened: ", *preview(step.loss_advantages, mask))]
+    scaled = """Whitening then shifts and scales all advantages to mean 0 and variance 1, so that
+        the scale of the scores does not matter."""
+    if config.method == "ppo":
+        heading, gamma, lam = "Critic + GAE", f"{config.gamma:g}", f"{config.lam:g}"
+        values = preview(step.values, mask)
+        lines = [("Critic forward pass...",), ("Values: ", *values)]
+        lines += [("GAE advantages: ", *advantages), *whitened]
+        says = """Before each token the critic predicts the reward to come: the value. A token's
+            advantage says how much better than predicted it went. Generalized advantage estimation
+            (GAE) goes from the last token, after which value and advantage are 0, to the first:"""
+        check = [
+            ("    δ[t] = reward[t] + γ value[t+1] - value[t]",),
+            (
+                f"    advantage[t] = δ[t] + γ λ advantage[t+1]  γ = {gamma}, λ = {lam}",
+            ),
+            ("    return[t] = advantage[t] + value[t]       the critic's target",),
+        ]
     else:
-        formula, group = "R - mean of the others' R", totals[: config.group_size]
-        if config.advantage == "grpo":
-            formula, whitened = "(R - mean) / deviation", ""  # that is scaled already
-        yield f"""Step 6: Compute advantages ({config.advantage}, no critic)
-  Group advantages: {preview("advantages")}
-{whitened}    R, total rewards of the first prompt's group: {listed(group)}
-    Its advantages, one for all tokens: {listed(data["advantages"][: len(group), 0])}
-    Each is {formula} in the group.
-    {WHY[5]} What else was written to
-    the prompt says what was to be expected, as a critic would.
-"""
-    low, high, real = 1 - config.clip, 1 + config.clip, mask != 0
-    ratios, shares = data["ratio"][:, real], data["clipped"][:, real].mean(axis=1)
-    columns = {"epoch": [str(epoch + 1) for epoch in range(len(ratios))]}
-    columns["ratio"] = [f"{r.min():.3f} .. {r.max():.3f}" for r in ratios]
-    columns["clipped"] = [f"{share:.1%}" for share in shares]
-    answer, policy = "", "mean of -min(ratio * A, clipped ratio * A)"
-    for owner, formula in ("actor", policy), ("critic", "mean of (value - return)^2"):
-        losses = data[f"{owner}_loss"]
+        heading = f"{config.method.upper()}, no critic"
+        formula = "R - mean of the others' R"
+        lines = [("Group advantages: ", *advantages), *whitened]
+        if config.method == "grpo":
+            formula, lines = "(R - mean R) / standard deviation of R", lines[:1]
+            scaled = "The division scales the advantages, so they are not whitened."
+        says = f"""R is the total reward of a response. The responses to the same prompt serve as
+            the baseline: each advantage is {formula}, and all tokens of a response have the same.
+            For the first prompt:"""
+        check = [
+            ("    R:          ", listed(step.rewards.sum(axis=1)[:group], digits=5)),
+            ("    advantages: ", listed(step.advantages[:group, 0])),
+        ]
+    return page(
+        f"Step 6: Compute advantages ({heading})",
+        *lines,
+        says,
+        *check,
+        scaled,
+        "Why advantages, and not the rewards themselves?",
+        """A high reward may still be below what was expected. Only the difference tells the actor
+        what to do more often.""",
+    )
+
+
+def update_page(seen, config):
+    """Step 7."""
+    step, real = seen.step, seen.step.mask != 0
+    low, high = f"{1 - config.clip:g}", f"{1 + config.clip:g}"
+    epochs = np.arange(len(step.ratio))
+    epochs = epochs if len(epochs) <= 4 else epochs[[0, 1, -2, -1]]
+    ratios, clipped = step.ratio[epochs][:, real], seen.clipped[epochs][:, real]
+    columns = {"epoch": [str(epoch + 1) for epoch in epochs]}
+    columns["ratio"] = [f"{ratio.min():.3f} .. {ratio.max():.3f}" for ratio in ratios]
+    columns["clipped"] = [f"{fraction:.1%}" for fraction in clipped.mean(axis=1)]
+    formula = "mean of -min(ratio * A, clipped ratio * A)"
+    if config.kl_in == "loss":
+        formula = f"-min(ratio A, clipped ratio A) + β {config.kl_estimator}"
+    lines = []
+    formulas = {"Actor": formula, "Critic": "mean of (value - return)^2"}
+    for owner, losses in ("Actor", step.actor_loss), ("Critic", step.critic_loss):
         if losses.size:  # rloo and grpo have no critic
-            columns[f"{owner} loss"] = [fixed(loss, 4) for loss in losses]
-            answer += f"  {owner.title()} loss: {fixed(losses[-1], 3)}\t{formula}\n"
-    text = f"""Step 7: PPO update
-  Ratio = exp(new_log_prob - old_log_prob)
-  Clipped ratio: clip(ratio, {low:g}, {high:g})"""
-    answer += f"""    A: advantage. {WHY[6]}
-    At first the weights are those that generated, so the loss is minus the mean
-    of A, yet has a gradient. Clipped are ratios above {high:g} where A > 0, below
-    {low:g} where A < 0: they gain no more, so the update does not chase them.
-
-  Update complete!
-"""
-    yield Group(text, table(columns), answer)
-
-
-def effect_page(data, config):
-    """What the update did to the first four responses, and to how many of all."""
-    before, after = data["old_logprobs"].sum(axis=1), data["new_logprobs"].sum(axis=1)
-    advantages = data["whitened"].sum(axis=1) / np.count_nonzero(data["mask"], axis=1)
-    columns = {"response": texts_of(data["prompts"], data["responses"], config, 10)}
-    columns |= {"total reward": data["rewards"].sum(axis=1), "mean A": advantages}
-    columns |= {"log prob": before, "after": after, "change": after - before}
-    if config.readable:
-        chances = zip(np.exp(before), np.exp(after))
-        columns["chance"] = [f"{old:.2%} -> {new:.2%}" for old, new in chances]
-    columns = {head: cells[:4] for head, cells in columns.items()}
-    followed = np.mean(np.sign(advantages) == np.sign(after - before))
-    note = f"""    mean A: of the advantage that acts. Where it is above 0 the log prob should
-    rise, else fall: that is RLHF. It did so for {followed:.0%} of all responses.
-"""
-    return Group("What the update did", table(columns), note)
+            columns[f"{owner.lower()} loss"] = [fixed(x, 4) for x in losses[epochs]]
+            lines.append((f"{owner} loss: ", fixed(losses[-1], 3), formulas[owner]))
+    which = "group" if config.method == "grpo" else "whitened"
+    return page(
+        "Step 7: PPO update",
+        ("Ratio = exp(new_log_prob - old_log_prob)",),
+        (f"Clipped ratio: clip(ratio, {low}, {high})",),
+        table(columns),
+        *lines,
+        f"""A is the {which} advantage. Each epoch is one update on the whole batch. It makes tokens
+        with A > 0 more likely and the others less likely.""",
+        "Why is the ratio 1 in the first epoch?",
+        """The actor is still the one that wrote the responses. The loss is then minus the mean of
+        A, yet it has a gradient: raising the ratio of a token with A > 0 lowers the loss.""",
+        "Why is the ratio clipped?",
+        f"""Above {high} where A > 0, and below {low} where A < 0, a token's gradient is 0. So one
+        batch cannot push the actor far from the policy that wrote it.""",
+        Text(""),
+        ("Update complete!",),
+    )
 
 
-def response_page(data, config, row):
+def effect_page(seen, config):
+    """What the update did to the first four responses, and what the step cost."""
+    step, count = seen.step, len(seen.step.mask)
+    before, after = step.old_logprobs.sum(axis=1), seen.new_logprobs.sum(axis=1)
+    means = step.loss_advantages.sum(axis=1) / np.count_nonzero(step.mask, axis=1)
+    followed = int((np.sign(means) == np.sign(after - before)).sum())
+    columns = {"response": texts_of(step.prompts[:4], step.responses[:4], config, 10)}
+    columns["total reward"] = map(fixed, step.rewards.sum(axis=1))
+    columns["mean A"] = map(fixed, means)
+    sums = {"log prob": before, "after": after, "change": after - before}
+    columns |= {head: [fixed(x, 3) for x in values] for head, values in sums.items()}
+    unit, scale = ("MB", 1e6) if config.vocab_size > 1000 else ("kB", 1e3)
+    forward, backward, *sizes = zip(*seen.costs.values())
+    costs = {"model": [name.replace("_", " ") for name in seen.costs]}
+    costs |= {"passes forward": forward, "backward": backward}
+    for head, values in zip(("weights", "gradients", "Adam's m and v"), sizes):
+        costs[f"{head}, {unit}"] = [fixed(x / scale, 1) for x in values]
+    return page(
+        "What the update did: the first four responses",
+        table(columns),
+        "Did the responses move the right way?",
+        f"""mean A is the average per token of the advantage that the loss uses. A response with a
+        positive one should become more likely, with a negative one less: {followed} of {count} did.
+        All responses share the same weights, so some move the other way.""",
+        table(costs),
+        """This is what the step cost. A model that learns also needs gradients and Adam's running
+        means m (of g) and v (of g²). The others are frozen.""",
+    )
+
+
+def response_page(seen, config, row):
     """One response token by token, so that every formula can be checked by hand."""
-    real = data["mask"][row] != 0
-    columns = {"t": [str(t) for t in np.flatnonzero(real)]}
-    tokens = data["responses"][row, real]
-    columns["token"] = [LETTERS[t] if config.readable else str(t) for t in tokens]
-    columns |= {h: data[n][row, real] for h, n in LEDGER.items() if n in data}
-    ratios = zip(data["ratio"][-1, row, real], data["clipped"][-1, row, real])
-    columns["ratio"] = [fixed(r) + ("*" if stopped else "") for r, stopped in ratios]
-    text = texts_of(data["prompts"], data["responses"], config)[row]
-    title = f"Response {row} in all steps: {text}, score {fixed(data['scores'][row])}"
-    note = """    actor, ref: log probs; A: the advantage that acts; ratio: of the last epoch,
-    * if clipped. Value and advantage of what comes after the end are 0.
-"""
-    return Group(title, table(columns), note)
+    step, real = seen.step, seen.step.mask[row] != 0
+    tokens = step.responses[row, real]
+    columns = {"t": np.flatnonzero(real), "token": tokens}
+    if config.uses_letters:
+        columns["token"] = [LETTERS[token] for token in tokens]
+    arrays = {"actor": (step.old_logprobs, 4), "reference": (step.ref_logprobs, 4)}
+    arrays |= {"KL": (step.kl, 3), "reward": (step.rewards, 3)}
+    arrays |= {"value": (step.values, 4), "advantage": (step.advantages, 2)}
+    arrays |= {"A": (step.loss_advantages, 2)}
+    for head, (array, digits) in arrays.items():
+        if array is not None:
+            columns[head] = [fixed(x, digits) for x in array[row, real]]
+    ratios = zip(step.ratio[-1, row, real], seen.clipped[-1, row, real])
+    columns["ratio"] = [fixed(r) + "*" * bool(stopped) for r, stopped in ratios]
+    text = texts_of(step.prompts, step.responses, config)[row]
+    return page(
+        f"Response {row}: {text}, score {fixed(step.scores[row], 3)}",
+        table(columns, left=0, gap=1),
+        """actor and reference are log probs. A is the advantage that the loss uses. ratio is that
+        of the last epoch; * marks a clipped one, whose token has a gradient of 0.""",
+    )
 
 
-def what_happened(history):
-    """A verdict on a training: hacked, where the human ends less content than it began;
-    words lost, where less than 0.7 of them are left; better liked, where the human ends
-    more content. More or less by three standard errors, and by 0.005 at least."""
-    _, human, noise = stretch_means(history["objective/human_scores"])
-    _, words, _ = stretch_means(history["val/words"])
-    margin = max(3 * math.hypot(noise[0], noise[-1]), 0.005)
-    verdict = "No clear change"
-    if human[-1] < human[0] - margin:
-        verdict = "Reward hacking"
-    elif words[-1] < 0.7 * words[0]:
-        verdict = "Words are being lost"
-    elif human[-1] > human[0] + margin:
-        verdict = "Better liked, in words"
-    figures = human[0], human.max(), human[-1], words[0], words[-1]
-    start, best, end, was, now = map(fixed, figures)
-    return f"{verdict}: human {start}, best {best}, end {end}; words {was} to {now}"
-
-
-def training_page(run):
-    """A training, a row for each stretch of steps."""
-    config, history = run["config"], run["history"]
-    starts, clipped, _ = stretch_means(history["policy/clipfrac_avg"])
+def training_page(run, number):
+    """A training, a row for each window of steps."""
+    config, history = run.config, run.history
+    starts, _, _ = window_means(history["objective/kl"])
     ends = [*starts[1:], config.steps]
     columns = {"step": [f"{a}-{b}" for a, b in zip(starts + 1, ends)]}
-    shown = [head for head, metric in METRICS.items() if metric in history]
-    columns |= {head: stretch_means(history[METRICS[head]])[1] for head in shown}
-    columns["clipped"] = [f"{share:.1%}" for share in clipped]
-    columns["two responses"] = [run["texts"][end - 1] for end in ends]
-    text = f"""=== RLHF Training, {run["label"]} ===
-    {config.steps} steps of {config.batch_size} responses; rows are means over stretches of steps.
-    score: of the reward model; KL: nats per response; clipped: share of tokens."""
-    if config.readable:
-        text += "\n    human: its opinion, 0 to 1, * best; words: share of real ones."
-    return Group(text, table(columns, star="human"), "")
+    for head, name in METRICS.items():
+        if name in history:
+            columns[head] = [fixed(mean) for mean in window_means(history[name])[1]]
+    about = f"""Each row is a mean over some of the {config.steps} steps. score: what the
+        {config.reward} reward gives. KL: nats per response."""
+    if config.uses_letters:
+        about += " human: the human's opinion, 0 to 1. words: the fraction that are real words."
+    if config.method == "dpo":
+        about += " DPO learns from pairs, not from these responses."
+    else:
+        clipped = window_means(history["policy/clipfrac_avg"])[1]
+        columns["clipped"] = [f"{fraction:.1%}" for fraction in clipped]
+        about += " clipped: the fraction of tokens whose gradient the clip stops."
+    texts = [words_line("", run.texts[end - 1], config) for end in ends]
+    columns["two responses"] = texts
+    heading = Text(
+        f"=== RLHF Training, {run.label} ===", f"bold {COLOURS[number % 8]}"
+    )
+    about += f" {estimator_warning(config)}"
+    return Group(heading, *page("", about, table(columns)).renderables[1:])
 
 
-def chart_page(runs, width=60, height=9):
-    """The human's opinion over KL, a mark for each run."""
-    points, legend = [], ""
-    for run, mark in zip(runs, "●○△#+x%&@" * len(runs)):
-        legend += f"\n          {mark} {run['label']}"
-        parts = min(60, run["config"].steps)  # means over these, against noise
-        kl = np.array_split(run["history"]["objective/kl"], parts)
-        human = np.array_split(run["history"]["objective/human_scores"], parts)
-        points += [(mark, x.mean(), y.mean()) for x, y in zip(kl, human)]
-    marks, kl, y = map(np.array, zip(*points))
-    x, low, high = np.sqrt(np.maximum(kl, 0)), y.min(), y.max()
-    columns = np.rint(x / (x.max() or 1) * (width - 1)).astype(int)
-    rows = np.rint((high - y) / (high - low or 1) * (height - 1)).astype(int)
-    grid = np.full((height, width), " ")
-    grid[rows, columns] = marks
+def chart_page(runs, width=60, height=10):
+    """The human's opinion over KL, in each run's mark and colour."""
+    points, legend = [], Text("          ")
+    for number, run in enumerate(runs):
+        look = MARKS[number % 8], COLOURS[number % 8]
+        parts = min(60, run.config.steps)  # means over these, against noise
+        split = [
+            np.array_split(run.history[METRICS[n]], parts) for n in ("KL", "human")
+        ]
+        kl, human = ([part.mean() for part in parts_of] for parts_of in split)
+        start = kl[0], human[0], ("S", "bold")
+        points = [*zip(kl, human, [look] * parts), *points, start]
+        legend.append(f"{look[0]} {run.label}   ", look[1])
+    far, low = max(x for x, *_ in points), min(y for _, y, _ in points)
+    high = max(y for _, y, _ in points)
+    grid = [[(" ", "")] * width for _ in range(height)]
+    for x, y, look in points:  # the starts come last
+        column = round((max(x, 0) / (far or 1)) ** 0.5 * (width - 1))
+        grid[round((high - y) / (high - low or 1) * (height - 1))][column] = look
     labels = [fixed(high), *[""] * (height - 2), fixed(low)]
-    chart = "".join(f"  {y:>6} │{''.join(row)}\n" for y, row in zip(labels, grid))
-    end = f"KL in nats per response, square-root scale: 0 to {x.max() ** 2:.1f}"
-    chart += f"         └{'─' * width}\n          {end:>{width}}{legend}\n"
-    return Group("The human's opinion over KL in the course of training", Text(chart))
+    return page(
+        "The human's opinion over KL: from the first step (S) to the last",
+        Text("   human, 0 to 1"),
+        *[Text.assemble(f"  {y:>6} │", *cells) for y, cells in zip(labels, grid)],
+        Text("         └" + "─" * width),
+        Text(
+            f"{'':10}KL in nats per response, 0 to {far:.1f} on a square-root scale"
+        ),
+        legend,
+    )
 
 
 def outcome_page(runs):
-    """What the trainings came to, words of each, and how near to the best possible."""
-    text, labels = "What came of it", {"": [run["label"] for run in runs]}
-    if runs[0]["config"].readable:
-        text += f"""
-    β is the price of KL, of writing unlike the reference, which wrote words:
-  reference     {runs[0]["start"]}"""
-        for run in runs:
-            text += f"\n  {run['label']:12}  {run['words']}\n    {what_happened(run['history'])}"
-        text += "\n    That was training; what follows is of fresh responses:"
-    outcomes = [run["outcome"] for run in runs]
-    known = [head for head in METRICS if head.lower() in outcomes[0]]
-    means = {head: [of[head.lower()] for of in outcomes] for head in known}
-    names = "J_start", "J", "J_star", "share"
-    theory = {n: [fixed(o[n], 3, o[f"{n}_error"]) for o in outcomes] for n in names}
-    note = """    J = score - β * KL is what training maximises; J_start: the reference's,
-    J_star: the best; share = (J - J_start) / (J_star - J_start); -: not clear.
-"""
-    for beta in dict.fromkeys(run["config"].beta for run in runs):
-        same = [run["outcome"] for run in runs if run["config"].beta == beta]
-        if len(same) > 1:
-            best, errors = zip(*sorted((o["J"], o["J_error"]) for o in same))
-            gap, noise = best[-1] - best[0], math.hypot(errors[-1], errors[0])
-            than = "more" if gap > 2 * noise else "not more"
-            note += f"    At β {beta:g}, this seed: J differs by {gap:.3f} ± {noise:.3f}, "
-            note += f"{than} than chance\n"
-    return Group(text, table(labels | means, "human"), table(labels | theory), note)
+    """What the trainings came to, in words."""
+    config, lines, hacked = runs[0].config, [], {}
+    for number, run in enumerate(runs):
+        said, history = verdict(run.history), run.history
+        human, words = (
+            window_means(history[METRICS[n]])[1] for n in ("human", "words")
+        )
+        figures = f": human {fixed(human[0])}, best {fixed(max(human))}, "
+        figures += (
+            f"end {fixed(human[-1])}; words {fixed(words[0])} to {fixed(words[-1])}"
+        )
+        label = Text(f"  {run.label:<14}", f"bold {COLOURS[number % 8]}")
+        lines.append(label + words_line("", run.words["actor"], config))
+        lines.append(
+            Text.assemble("    ", (said, VERDICTS.get(said, "bold")), figures)
+        )
+        hacked.setdefault(run.config.reward, set()).add(said == "Reward hacking")
+    if True in hacked.get("learned", ()) and hacked.get("human") == {False}:
+        lines.append("""The human's own rule as the reward is not hacked. So the training is right,
+            and what gets hacked are the mistakes of the learned reward model.""")
+    return page(
+        "What came of it: six words from the same first letters",
+        """The reference writes words, and each actor started as its copy. Real words are bold and
+        green, other strings red and underlined. β is the price of moving away from the reference.
+        human: the human's opinion, at the start, at its best and at the end.""",
+        words_line("  reference     ", runs[0].words["reference"], config),
+        *lines,
+    )
+
+
+def optimum_page(runs):
+    """Fresh responses, and how near each actor comes to the best possible."""
+    labels = [Text(r.label, f"bold {COLOURS[n % 8]}") for n, r in enumerate(runs)]
+    means, best = {"fresh responses": labels}, {"": labels}
+    for head in METRICS:
+        means[head] = [fixed(run.theory[head.lower()]) for run in runs]
+    for name in ("J_start", "J", "J_star", "share"):
+        results = [(run.theory[name], run.theory[f"{name}_error"]) for run in runs]
+        best[name] = [fixed(value, 3, error) for value, error in results]
+    return page(
+        "How near to the best possible: measured on fresh responses",
+        table(means),
+        Text(""),
+        table(best),
+        """For experts. Training maximizes J = score - β * KL. J_start is the reference's, J_star
+        that of the best possible policy, and share = (J - J_start) / (J_star - J_start). ± is one
+        standard error. A dash means that a figure is too noisy to report, or has no limit (β 0).
+        Compare J between rows of the same β and the same reward.""",
+    )
 
 
 # ---------------------------------------------------------------- 9. the command line
 
 EXAMPLES = """examples:
-  python rlhf_loop_pseudo.py --preset letters --inspect 3
-  python rlhf_loop_pseudo.py --preset letters --steps 200 --beta 0 0.05 0.2 1"""
+  python rlhf_loop_pseudo.py --preset letters --only 6 --inspect 3
+  python rlhf_loop_pseudo.py --preset letters --steps 200 --beta 0 0.05 0.2 1
+  python rlhf_loop_pseudo.py --preset letters --steps 200 --method ppo rloo grpo dpo"""
+SEVERAL = (
+    "beta",
+    "method",
+    "reward",
+)  # flags that take several values, to compare them
+STEP_PAGES = prompts_page, responses_page, scores_page, kl_page, rewards_page
+STEP_PAGES += advantages_page, update_page
+
+
+def flag(name):
+    """The flag of a setting."""
+    return f"--{name.replace('_', '-')}"
+
+
+def refuse(wrong, sentence):
+    """Raises ValueError with this sentence if something is wrong."""
+    if wrong:
+        raise ValueError(sentence)
+
+
+def refuse_conflicts(config):
+    """Raises ValueError if settings of a Config do not go together."""
+    letters, dpo, human = (
+        config.uses_letters,
+        config.method == "dpo",
+        config.reward == "human",
+    )
+    groups = (
+        config.method in ("rloo", "grpo") and config.batch_size % config.group_size
+    )
+    refuse(groups, "--batch-size must be a multiple of --group-size")
+    refuse(
+        letters and config.prompt_length > 1, "--prompt-length must be 1 with letters"
+    )
+    short = letters and config.response_length < 3
+    refuse(short, "--response-length must be at least 3 with letters, to hold a word")
+    refuse(dpo and not letters, "--method dpo needs --preset letters, for its pairs")
+    refuse(human and not letters, "--reward human needs --preset letters")
+    refuse(dpo and config.steps == 1, "--method dpo needs --steps 2 or more")
+    refuse(dpo and config.beta == 0, "--method dpo needs a --beta above 0")
+    in_loss = dpo and config.kl_in == "loss"
+    refuse(in_loss, "--kl-in loss: leave it out, dpo has the KL in its loss already")
+    refuse(dpo and human, "--reward human: leave it out, dpo uses no reward")
+
+
+def refuse_without_effect(given, configs):
+    """Raises ValueError if a flag that was given would have no effect, or cannot work."""
+    config, methods = configs[0], {config.method for config in configs}
+    walk, loop = config.steps == 1, methods != {"dpo"}
+    terminal = sys.stdin is not None and sys.stdin.isatty()
+    row_exists = 0 <= given.get("inspect", 0) < config.batch_size
+    once = [len(set(x)) == len(x) for x in (given.get(name, []) for name in SEVERAL)]
+    works = {
+        "gamma": ("ppo" in methods, "needs --method ppo"),
+        "lam": ("ppo" in methods, "needs --method ppo"),
+        "group_size": (methods & {"rloo", "grpo"}, "needs --method rloo or grpo"),
+        "preference_pairs": (config.uses_letters, "needs --preset letters"),
+        "only": (walk, "works in the walk-through: leave out --steps"),
+        "inspect": (walk and row_exists, "needs a row of the batch, and no --steps"),
+        "pause": (terminal, "needs a terminal, where you can press Enter"),
+        "theme": ("export" in given, "needs --export"),
+    }
+    for name in "kl_estimator kl_in clip ppo_epochs learning_rate reward".split():
+        works[name] = loop, "has no effect with --method dpo: leave it out"
+    for name, (effect, what_to_do) in works.items():
+        refuse(name in given and not effect, f"{flag(name)} {what_to_do}")
+    for name in SEVERAL:
+        values = given.get(name, [])
+        refuse(
+            len(values) > 1 and walk, f"{flag(name)}: several need --steps 2 or more"
+        )
+        refuse(len(set(values)) < len(values), f"{flag(name)}: give each value once")
+
+
+def output_file(*endings):
+    """A type for argparse: the path of a file that can be written."""
+
+    def path(text):
+        place = Path(text)
+        if place.suffix not in endings:
+            raise argparse.ArgumentTypeError(
+                f"{text} must end in {' or '.join(endings)}"
+            )
+        try:
+            folder = place.parent.is_dir() and os.access(
+                place.parent, os.W_OK | os.X_OK
+            )
+            free = not place.exists() or (
+                place.is_file() and os.access(place, os.W_OK)
+            )
+        except OSError:  # the name is too long, for instance
+            folder = free = False
+        if not folder or not free:
+            raise argparse.ArgumentTypeError(
+                f"{text} cannot be written; name another file"
+            )
+        return place
+
+    return path
 
 
 def make_parser():
@@ -1535,214 +2144,181 @@ def make_parser():
     parser = argparse.ArgumentParser("rlhf_loop_pseudo.py", "%(prog)s [flags]")
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.description, parser.epilog = __doc__.splitlines()[0], EXAMPLES
-    groups = "sizes", "algorithm (several beta or advantage: compared)", "output"
-    sizes, algorithm, output = map(parser.add_argument_group, groups)
-    sizes.add_argument("--preset", choices=PRESETS, help="what to start from (gpt2)")
-    for number, setting in enumerate(fields(Config)):
-        kind, text = setting.type.__origin__, setting.type.__metadata__[0]
-        options = {"type": kind, "help": f"{text} ({setting.default})"}
-        options["metavar"] = {int: "N", float: "X", str: "NAME"}[kind]
-        options["nargs"] = "+" if setting.name in ("beta", "advantage") else None
-        group = sizes if number < 5 else algorithm
-        group.add_argument(f"--{setting.name.replace('_', '-')}", **options)
-    add = output.add_argument
+    names = "sizes", "algorithm", "output"
+    groups = {name: parser.add_argument_group(name) for name in names}
+    groups[
+        "algorithm"
+    ].description = "Give several betas, methods or rewards to compare."
+    groups["sizes"].add_argument("--preset", choices=PRESETS, help="defaults (gpt2)")
+    for item in fields(Config):
+        default = "0 in a training" if item.default is None else item.default
+        options = {"type": item.type, "help": f"{item.metadata['help']} ({default})"}
+        options["metavar"] = {int: "N", float: "X", str: "NAME"}[item.type]
+        options["nargs"] = "+" if item.name in SEVERAL else None
+        groups[item.metadata["group"]].add_argument(flag(item.name), **options)
+    add, steps = groups["output"].add_argument, range(1, 8)
+    add(
+        "--only",
+        type=int,
+        nargs="+",
+        choices=steps,
+        metavar="N",
+        help="show these steps",
+    )
     add("--inspect", type=int, metavar="ROW", help="show a response token by token")
-    add("--pause", action="store_const", const=True, help="ask before every step")
-    add("--show", type=source_of, metavar="NAME", help="print a function to paste")
-    add("--save", type=Path, metavar="FILE.npz", help="save arrays or metrics")
-    add("--export", type=Path, metavar="FILE", help="save it as: .svg .html .txt")
+    add("--pause", action="store_const", const=True, help="wait at every page")
+    add("--show", metavar="NAME", help="print a function, or Config, ready to paste")
+    add(
+        "--save", type=output_file(".npz"), metavar="FILE.npz", help="save the arrays"
+    )
+    pictures = output_file(".svg", ".html", ".txt")
+    add(
+        "--export",
+        type=pictures,
+        metavar="FILE",
+        help="save the screen: .svg .html .txt",
+    )
     add("--theme", choices=("dark", "light"), help="colours of the export (dark)")
     return parser
 
 
 def read_command_line(argv):
-    """What was given, and a Config for each beta and advantage; or exit with 2."""
+    """What was given, and a Config for each combination; or exit with 2."""
     parser = make_parser()
-    options, unknown = parser.parse_known_args(argv)
-    given = {name: x for name, x in vars(options).items() if x is not None}
-    preset = "letters" if options.vocab_size == len(LETTERS) else "gpt2"
-    settings = PRESETS[given.get("preset", preset)].copy()
-    if given.get("steps", 1) > 1:
-        settings["drift"] = 0.0  # training starts at the reference
-    settings |= {name: x for name, x in given.items() if hasattr(Config, name)}
-    betas = given.get("beta", [settings.get("beta", Config.beta)])
-    advantages, configs = given.get("advantage", [Config.advantage]), []
+    given = {k: x for k, x in vars(parser.parse_args(argv)).items() if x is not None}
+    preset = "letters" if given.get("vocab_size") == len(LETTERS) else "gpt2"
+    preset = given.get("preset", preset)
+    settings = {k: x for k, x in given.items() if k in Config.__dataclass_fields__}
+    lists = {name: settings.pop(name) for name in SEVERAL if name in settings}
     try:
-        for name in unknown:
-            flags = [f"--{known.replace('_', '-')}" for known in vars(options)]
-            raise ValueError(f"{name} is no flag{meant(name, flags)}")
-        for beta, name in itertools.product(betas, advantages):
-            configs.append(Config(**settings | {"beta": beta, "advantage": name}))
-        refuse(given, configs)
+        combinations = [
+            dict(zip(lists, x)) for x in itertools.product(*lists.values())
+        ]
+        configs = [configure(preset, **settings, **chosen) for chosen in combinations]
+        refuse_without_effect(given, configs)
+        if "show" in given:
+            refuse(len(given) > 1, "--show works alone")
+            given["show"] = source_of(given["show"])
     except ValueError as problem:
         parser.error(str(problem))
     return given, configs
 
 
-def meant(name, names):
-    """A question for a name that is not known: by its initials, or alike."""
-    near = [known for known in names if re.sub(r"\B\w|\b-", "", known) == name]
-    near += difflib.get_close_matches(name.lower(), names, cutoff=0.5)
-    return f"; did you mean {near[0]}?" if near else ""
-
-
-def refuse(given, configs):
-    """Raises ValueError where something cannot be, or would have no effect."""
-    config, rows = configs[0], range(configs[0].batch_size)
-    by = {config.advantage for config in configs}
-    many = " ".join(n for n in ("beta", "advantage") if len(given.get(n, [])) > 1)
-    rules = [  # flags, whether they work here, and how they would
-        ("gamma lam", "gae" in by, "with --advantage gae"),
-        ("group_size", by != {"gae"}, "with --advantage rloo or grpo"),
-        ("preference_pairs", config.readable, "with --preset letters"),
-        ("inspect pause", config.steps == 1, "in a walk-through, without --steps"),
-        ("inspect", given.get("inspect", 0) in rows, f"with rows 0 to {rows[-1]}"),
-        ("pause", sys.stdin and sys.stdin.isatty(), "in a terminal"),
-        (many, config.steps > 1, "with one value, or --steps"),
-        (many, len(set(configs)) == len(configs), "with each value once"),
-        ("theme", "export" in given, "with --export"),
-        ("show", len(given) == 1, "alone"),
-    ]
-    for name, endings in ("save", [".npz"]), ("export", [".svg", ".html", ".txt"]):
-        path, kinds = given.get(name, Path()), " or ".join(endings)
-        fits = path.suffix in endings and not path.is_dir()
-        fits = fits and os.access(path.parent, os.W_OK | os.X_OK)
-        rules.append((name, fits, f"with a {kinds} file in a writable folder"))
-    for flags, works, how in rules:
-        for name in flags.split():
-            if name in given and not works:
-                raise ValueError(f"--{name.replace('_', '-')}: works only {how}")
-    if config.readable:
-        demonstrations(WORDS, config)
-    logits = config.batch_size * config.response_length * (config.steps == 1)
-    needed = 4 * config.vocab_size * (12 * config.width + logits)  # Adam's are in it
-    if hasattr(os, "sysconf"):  # not on Windows
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        if needed > memory:
-            raise ValueError(f"sizes: {needed:.1e} bytes are needed of {memory:.1e}")
-
-
 def source_of(name):
-    """A function, in upper or lower case, or a step's, with all that they need to run."""
-    docs = {n: str(x.__doc__) for n, x in globals().items() if inspect.isfunction(x)}
-    wanted = [known for known in docs if known.lower() == name.lower()]
-    wanted = wanted or [n for n in docs if docs[n].startswith(f"Step {name}")]
-    if not wanted:
-        raise argparse.ArgumentTypeError(f"{name} is no function{meant(name, docs)}")
+    """A function or class, or those of a step, with all that they need to run."""
+    own = {
+        n: x for n, x in globals().items() if getattr(x, "__module__", "") == __name__
+    }
+    wanted = [n for n in own if n.lower() == name.lower()]
+    wanted += [n for n, x in own.items() if str(x.__doc__).startswith(f"Step {name}")]
+    refuse(
+        not wanted, f"--show: no function is named {name}. Try gae, or 6 for step 6"
+    )
+    call = f"# {wanted[0]}{inspect.signature(own[wanted[0]])}"
     found = {}
-    for known in wanted:  # which grows
-        value = globals()[known]
-        home = getattr(value, "__module__", None)
-        found[known] = f"from {home} import {known}\n"
+    while wanted:
+        known = wanted.pop()
+        value, home = globals()[known], getattr(globals()[known], "__module__", None)
+        found[known] = f"{known} = {value!r}\n"
         if inspect.ismodule(value):
             found[known] = f"import {value.__name__} as {known}\n"
-        elif home is None:
-            found[known] = f"{known} = {value!r}\n"
         elif home == __name__:
             found[known] = inspect.getsource(value)
+        elif home is not None:
+            found[known] = f"from {home} import {known}\n"
         codes = [compile(found[known], known, "exec")]
-        for code in codes:  # which grows by the code objects inside
+        while codes:
+            code = codes.pop()
             codes += [part for part in code.co_consts if inspect.iscode(part)]
-            wanted += sorted({*code.co_names} & {*globals()} - {*wanted, "__name__"})
-    return "\n\n".join(found[known] for known in globals() if known in found)
+            wanted += {*code.co_names} & {*globals()} - {*found, "__name__"}
+    lines = "\n\n".join(found[n] for n in globals() if n in found).splitlines()
+    return "\n".join(
+        [line for line in lines if "# ANCHOR" not in line] + ["\n", call]
+    )
 
 
-def opening_pages(title, configs, arrays):
-    """The data flow, and the stages before the loop; returns what init_models takes."""
-    critic, config = any(c.advantage == "gae" for c in configs), configs[0]
-    yield f"""=== {title} ==={PICTURE if critic else PICTURE_WITHOUT_CRITIC}\
-    The actor writes and learns, the reference is its frozen start. A forward
-    pass computes, for each position, the probabilities of the next token.
-"""
-    if not config.readable:
-        return ()
-    rng = np.random.default_rng([config.seed, 1])
-    *models, losses = learn_from_human(config, rng)
-    arrays |= losses | judge_stages(*models, config, rng)
-    yield stages_page(arrays, config)
-    return models[1:]
-
-
-def one_step_pages(given, config, arrays):
+def walk_pages(given, config, arrays):
     """The walk-through; arrays gets what it computes."""
-    before = yield from opening_pages("RLHF Training Loop Demo", [config], arrays)
-    rng = np.random.default_rng(config.seed)
-    models = init_models(config, rng, *before)
-    pages = step_pages(arrays, config)
-    for question, stage in zip(WHY, walk_through(models, config, rng)):
-        arrays |= stage
-        answer = next(pages)
-        arrays.pop("logits", None)  # only shown, and the largest of all
-        if "pause" in given:
-            yield f"  {question}"
-            if sys.platform != "win32":  # forget what was pressed before
-                import termios
-
-                termios.tcflush(sys.stdin, termios.TCIFLUSH)
-            input("  [Enter] ")
-        yield answer
-    if config.readable or "inspect" in given:
-        yield response_page(arrays, config, given.get("inspect", 0))
-    yield effect_page(arrays, config)
+    only, stages = given.get("only", []), None
+    if not only:
+        yield opening_page("RLHF Training Loop Demo", [config])
+    if config.uses_letters:
+        stages = learn_from_human(config)
+        arrays |= judge_stages(stages, config)
+    if stages and not only:
+        yield tuning_page(arrays, config)
+        yield choices_page(arrays, config)
+    seen = walk_through(prepare(config, stages), config)
+    arrays |= {
+        k: x for k, x in vars(seen.step).items() if x is not None
+    } | seen.estimates
+    arrays |= {k: vars(seen)[k] for k in ("exact_kl", "new_logprobs", "clipped")}
+    for number in only or range(1, 8):
+        yield STEP_PAGES[number - 1](seen, config)
+    if "inspect" in given or (config.uses_letters and not only):
+        yield response_page(seen, config, given.get("inspect", 0))
+    if not only:
+        yield effect_page(seen, config)
 
 
 def training_pages(configs, arrays, runs):
-    """The trainings; runs gets what each came to, arrays what was before them."""
-    before = yield from opening_pages("RLHF Training", configs, arrays)
-    for config in configs:
-        run = {"label": f"β {config.beta:g}, {config.advantage}", "config": config}
-        runs.append(run | {"history": {}, "texts": [], "outcome": {}})
-        models = init_models(config, np.random.default_rng(config.seed), *before)
-        train_and_watch(runs[-1], models)
-        yield training_page(runs[-1])
-    if configs[0].readable:
+    """The trainings; arrays gets what was before them, runs what each came to."""
+    config, stages = configs[0], None
+    yield opening_page("RLHF Training", configs)
+    if config.uses_letters:
+        stages = learn_from_human(config)
+        arrays |= judge_stages(stages, config)
+        yield tuning_page(arrays, config)
+        yield choices_page(arrays, config)
+    bar = Console(quiet=not sys.stdout.isatty())
+    for number, config in enumerate(configs):
+        label = f"β {config.beta:g}, {config.method}"
+        label += ", human" * (config.reward == "human")
+        models = prepare(config, stages)
+        run = Run(config, label, models, [], [], {}, {})
+        runs.append(run)
+        steps = train(models, config, stages and stages.pairs)
+        for metrics, step in track(
+            steps, label, config.steps, console=bar, transient=True
+        ):
+            run.metrics.append(metrics)
+            run.texts.append((step.prompts[:2], step.responses[:2], step.mask[:2]))
+        if stages:
+            run.theory, run.words = theory(models, config), six_words(models, config)
+        yield training_page(run, number)
+    if stages:
         yield chart_page(runs)
-    if runs[0]["outcome"]:
         yield outcome_page(runs)
-
-
-def train_and_watch(run, models):
-    """Train, with a bar in a terminal; run gets metrics, texts and outcome."""
-    config, history, hidden = run["config"], run["history"], not sys.stdout.isatty()
-    rngs = [np.random.default_rng([config.seed, stream]) for stream in (2, 3)]
-    steps, console = train(models, config, rngs[0]), Console(quiet=hidden)
-    live = track(steps, run["label"], config.steps, console=console, transient=True)
-    for step, (metrics, data) in enumerate(live):
-        for name, value in metrics.items():
-            history.setdefault(name, np.full(config.steps, np.nan))[step] = value
-        texts = texts_of(data["prompts"][:2], data["responses"][:2], config, 10)
-        run["texts"].append(" ".join(texts))
-    run["outcome"] = attainable_gain(models, config, rngs[1])
-    if config.readable:
-        prompts, eos = np.arange(0, 26, 5)[:, None], config.vocab_size - 1
-        for name, model in ("start", models.reference), ("words", models.actor):
-            rng = np.random.default_rng([config.seed, 4])
-            responses, *_ = generate(model, prompts, config.response_length, rng, eos)
-            run[name] = " ".join(texts_of(prompts, responses, config, 8))
+        yield optimum_page(runs)
 
 
 def saved(configs, arrays, runs):
-    """All arrays, and the configuration as JSON, as bytes; several runs a row each."""
-    rows, arrays = [{}] * len(configs), arrays.copy()  # what a run lacks is NaN
-    for row, run in enumerate(runs):
-        theory = {f"theory/{name}": value for name, value in run["outcome"].items()}
-        rows[row] = run["history"] | theory
+    """What --save keeps, as bytes: all arrays and the settings, as JSON. Several runs
+    have a row each, NaN where one has no such figure."""
+    rows = [{}] * len(configs)
+    for number, run in enumerate(runs):
+        rows[number] = run.history | {f"theory/{k}": x for k, x in run.theory.items()}
+        for owner, model in run.models._asdict().items():
+            if isinstance(model, dict):
+                rows[number] |= {f"models/{owner}/{k}": x for k, x in model.items()}
+    arrays = dict(arrays)
     for name in {name: None for row in rows for name in row}:
         values = np.broadcast_arrays(*[row.get(name, np.nan) for row in rows])
         arrays[name] = np.stack(values) if len(rows) > 1 else values[0]
-    config = {name: [vars(c)[name] for c in configs] for name in vars(configs[0])}
-    config = {n: x if len({*x}) > 1 else x[0] for n, x in config.items()}
+    settings = {k: [vars(config)[k] for config in configs] for k in vars(configs[0])}
+    for name, values in settings.items():
+        settings[name] = values if len(set(values)) > 1 else values[0]
     data = io.BytesIO()
-    np.savez(data, config=json.dumps(config), **arrays)
+    np.savez(data, config=json.dumps(settings), **arrays)
     return data.getvalue()
 
 
-def exported(path, theme, parts):
+def exported(path, theme, pages):
     """What was shown, as the bytes of a file of path's kind."""
-    console = make_console(theme or "dark", record=True, file=io.StringIO())
-    for part in parts:
-        console.print(part)
-    colours = DEFAULT_TERMINAL_THEME if theme == "light" else MONOKAI
+    console = make_console(record=True, file=io.StringIO(), force_terminal=True)
+    for shown in pages:
+        console.print(shown, "")
+    colours = DEFAULT_TERMINAL_THEME if theme == "light" else BLACK
     if path.suffix == ".svg":
         return console.export_svg(title="rlhf_loop_pseudo", theme=colours).encode()
     if path.suffix == ".txt":
@@ -1754,10 +2330,48 @@ def exported(path, theme, parts):
     return text.encode()
 
 
-def plain(error):
+def replace_file(path, data):
+    """Write beside the file's place and rename, so that an older file stays until then."""
+    beside = path.with_name(f".{os.getpid()}.part")
+    try:
+        beside.write_bytes(data)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def show(shown, console, pause):
+    """Print a page. With --pause ask its questions first, and wait."""
+    if pause:
+        console.clear()
+        questions = [
+            x for x in shown.renderables if getattr(x, "style", "") == "question"
+        ]
+        if questions:
+            console.print(*questions, sep="\n")
+            input("  [Enter] ")
+            console.clear()
+    console.print(shown, "")
+    if pause:
+        input("  [Enter] ")
+
+
+def readable(error):
     """What stands for a character that an encoding lacks, and where to go on."""
     text = error.object[error.start : error.end].translate(ASCII)
     return text.encode("ascii", "replace").decode(), error.end
+
+
+def close_output(code):
+    """Print what is still waiting. Returns the exit code, 1 if that cannot be printed."""
+    try:
+        sys.stdout.flush()
+    except OSError as problem:  # a full disk, or nobody who reads it
+        if not code and not isinstance(problem, BrokenPipeError):
+            print(f"rlhf_loop_pseudo.py: {problem}", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return code or 1
+    return code
 
 
 @np.errstate(all="ignore")  # check_finite speaks of what is not finite
@@ -1765,35 +2379,47 @@ def main(argv=None):
     """Run the command line argv, sys.argv without it. Returns the exit code."""
     sys.stdout = sys.stdout or io.StringIO()  # where it is closed
     if hasattr(sys.stdout, "reconfigure"):
-        codecs.register_error("plain", plain)
-        sys.stdout.reconfigure(errors="plain")
-    given, configs = read_command_line(argv)
-    arrays, runs, shown, console = {}, [], [], make_console()
-    pages = training_pages(configs, arrays, runs)
-    if "show" in given:
-        pages = [Text(given["show"])]
-    elif configs[0].steps == 1:
-        pages = one_step_pages(given, configs[0], arrays)
+        codecs.register_error("readable", readable)
+        sys.stdout.reconfigure(errors="readable")
+    np.empty(
+        32_000_000, dtype=np.uint8
+    )  # freed at once: glibc then reuses small memory
     try:
-        try:
-            for part in pages:
-                shown.append(part)
-                console.print(part)
-        finally:  # what an interrupted run has computed is kept, too
-            try:
-                if "save" in given:
-                    given["save"].write_bytes(saved(configs, arrays, runs))
-            finally:
-                if "export" in given:
-                    picture = exported(given["export"], given.get("theme"), shown)
-                    given["export"].write_bytes(picture)
+        given, configs = read_command_line(argv)
+    except SystemExit as stop:
+        sys.exit(close_output(stop.code))
+    arrays, runs, printed, console, code = {}, [], [], make_console(), 0
+    pages = training_pages(configs, arrays, runs)
+    if configs[0].steps == 1:
+        pages = walk_pages(given, configs[0], arrays)
+    try:
+        if "show" in given:
+            pages = []
+            print(given["show"])
+        for shown in pages:
+            printed.append(shown)
+            show(shown, console, "pause" in given)
     except (KeyboardInterrupt, EOFError):
+        code = 130
         print("\nInterrupted.")
-        return 130
+    except SystemExit as stop:  # rich's answer to a closed pipe
+        code = stop.code
     except (FloatingPointError, MemoryError, OSError) as problem:
+        code = 1
         print(f"rlhf_loop_pseudo.py: {problem}", file=sys.stderr)
-        return 1
-    return 0
+    files = {}
+    if arrays or any(run.metrics for run in runs):
+        files["save"] = lambda: saved(configs, arrays, runs)
+    files["export"] = lambda: exported(given["export"], given.get("theme"), printed)
+    for name, data in files.items():
+        # after a failure an older file is worth more
+        if name in given and not (code and given[name].exists()):
+            try:
+                replace_file(given[name], data())
+            except OSError as problem:
+                code = 1
+                print(f"rlhf_loop_pseudo.py: {problem}", file=sys.stderr)
+    return close_output(code)
 
 
 if __name__ == "__main__":
