@@ -34,6 +34,7 @@ vocabulary, D the width of a hidden state, N rows. All logarithms are natural.
 """
 
 import argparse
+import ast
 import codecs
 import inspect
 import io
@@ -83,7 +84,9 @@ ESTIMATOR = str, lambda x: x in ("k1", "k2", "k3"), "k1, k2 or k3"
 
 def setting(default, rule, meaning, group="algorithm"):
     """A field of Config: its default, its rule, and its line in --help."""
-    return field(default=default, metadata=dict(rule=rule, help=meaning, group=group))
+    return field(
+        default=default, metadata={"rule": rule, "help": meaning, "group": group}
+    )
 
 
 @dataclass(frozen=True)
@@ -2060,36 +2063,28 @@ def refuse(wrong, sentence):
 
 def refuse_conflicts(config):
     """Raises ValueError if settings of a Config do not go together."""
-    letters, dpo, human = (
-        config.uses_letters,
-        config.method == "dpo",
-        config.reward == "human",
-    )
-    groups = (
-        config.method in ("rloo", "grpo") and config.batch_size % config.group_size
-    )
-    refuse(groups, "--batch-size must be a multiple of --group-size")
+    letters, dpo = config.uses_letters, config.method == "dpo"
+    human, in_loss = config.reward == "human", config.kl_in == "loss"
+    short = letters and config.response_length < 3  # no word fits
+    rest = config.method in ("rloo", "grpo") and config.batch_size % config.group_size
+    refuse(rest, "--batch-size must be a multiple of --group-size")
     refuse(
         letters and config.prompt_length > 1, "--prompt-length must be 1 with letters"
     )
-    short = letters and config.response_length < 3
-    refuse(short, "--response-length must be at least 3 with letters, to hold a word")
+    refuse(short, "--response-length must be at least 3 with letters")
     refuse(dpo and not letters, "--method dpo needs --preset letters, for its pairs")
     refuse(human and not letters, "--reward human needs --preset letters")
     refuse(dpo and config.steps == 1, "--method dpo needs --steps 2 or more")
     refuse(dpo and config.beta == 0, "--method dpo needs a --beta above 0")
-    in_loss = dpo and config.kl_in == "loss"
-    refuse(in_loss, "--kl-in loss: leave it out, dpo has the KL in its loss already")
-    refuse(dpo and human, "--reward human: leave it out, dpo uses no reward")
+    refuse(dpo and in_loss, "--kl-in loss has no effect with dpo: leave it out")
+    refuse(dpo and human, "--reward human has no effect with dpo: leave it out")
 
 
 def refuse_without_effect(given, configs):
     """Raises ValueError if a flag that was given would have no effect, or cannot work."""
     config, methods = configs[0], {config.method for config in configs}
-    walk, loop = config.steps == 1, methods != {"dpo"}
-    terminal = sys.stdin is not None and sys.stdin.isatty()
+    walk, terminal = config.steps == 1, sys.stdin is not None and sys.stdin.isatty()
     row_exists = 0 <= given.get("inspect", 0) < config.batch_size
-    once = [len(set(x)) == len(x) for x in (given.get(name, []) for name in SEVERAL)]
     works = {
         "gamma": ("ppo" in methods, "needs --method ppo"),
         "lam": ("ppo" in methods, "needs --method ppo"),
@@ -2101,7 +2096,7 @@ def refuse_without_effect(given, configs):
         "theme": ("export" in given, "needs --export"),
     }
     for name in "kl_estimator kl_in clip ppo_epochs learning_rate reward".split():
-        works[name] = loop, "has no effect with --method dpo: leave it out"
+        works[name] = methods != {"dpo"}, "has no effect with dpo: leave it out"
     for name, (effect, what_to_do) in works.items():
         refuse(name in given and not effect, f"{flag(name)} {what_to_do}")
     for name in SEVERAL:
@@ -2117,10 +2112,6 @@ def output_file(*endings):
 
     def path(text):
         place = Path(text)
-        if place.suffix not in endings:
-            raise argparse.ArgumentTypeError(
-                f"{text} must end in {' or '.join(endings)}"
-            )
         try:
             folder = place.parent.is_dir() and os.access(
                 place.parent, os.W_OK | os.X_OK
@@ -2130,9 +2121,10 @@ def output_file(*endings):
             )
         except OSError:  # the name is too long, for instance
             folder = free = False
-        if not folder or not free:
+        if not folder or not free or place.suffix not in endings:
+            kinds = " or ".join(endings)
             raise argparse.ArgumentTypeError(
-                f"{text} cannot be written; name another file"
+                f"{text} must be a {kinds} file in a folder where you can write"
             )
         return place
 
@@ -2204,37 +2196,49 @@ def read_command_line(argv):
     return given, configs
 
 
+def defined_names(node):
+    """The names that a statement defines."""
+    if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+        return [node.name]
+    if isinstance(node, (ast.Import, ast.ImportFrom)):
+        return [alias.asname or alias.name for alias in node.names]
+    names = [part for part in ast.walk(node) if isinstance(part, ast.Name)]
+    return [name.id for name in names if isinstance(name.ctx, ast.Store)]
+
+
 def source_of(name):
     """A function or class, or those of a step, with all that they need to run."""
+    source, statements = inspect.getsource(sys.modules[__name__]), {}
+    for node in ast.parse(source).body:
+        for part in node.body if isinstance(node, ast.Try) else [node]:  # the imports
+            for known in defined_names(part):
+                statements.setdefault(known, []).append(part)
     own = {
         n: x for n, x in globals().items() if getattr(x, "__module__", "") == __name__
     }
     wanted = [n for n in own if n.lower() == name.lower()]
     wanted += [n for n, x in own.items() if str(x.__doc__).startswith(f"Step {name}")]
     refuse(
-        not wanted, f"--show: no function is named {name}. Try gae, or 6 for step 6"
+        not wanted, f"--show: no function is named {name}; try gae, or 6 for step 6"
     )
-    call = f"# {wanted[0]}{inspect.signature(own[wanted[0]])}"
-    found = {}
+    call, found = (
+        f"# {wanted[0]}({', '.join(inspect.signature(own[wanted[0]]).parameters)})",
+        set(),
+    )
     while wanted:
-        known = wanted.pop()
-        value, home = globals()[known], getattr(globals()[known], "__module__", None)
-        found[known] = f"{known} = {value!r}\n"
-        if inspect.ismodule(value):
-            found[known] = f"import {value.__name__} as {known}\n"
-        elif home == __name__:
-            found[known] = inspect.getsource(value)
-        elif home is not None:
-            found[known] = f"from {home} import {known}\n"
-        codes = [compile(found[known], known, "exec")]
-        while codes:
-            code = codes.pop()
-            codes += [part for part in code.co_consts if inspect.iscode(part)]
-            wanted += {*code.co_names} & {*globals()} - {*found, "__name__"}
-    lines = "\n\n".join(found[n] for n in globals() if n in found).splitlines()
-    return "\n".join(
-        [line for line in lines if "# ANCHOR" not in line] + ["\n", call]
-    )
+        nodes = statements[wanted.pop()]
+        used = {x.id for n in nodes for x in ast.walk(n) if isinstance(x, ast.Name)}
+        wanted += [
+            n for n in used & {*statements} if not found.issuperset(statements[n])
+        ]
+        found.update(nodes)
+    parts, lines = [], source.splitlines()
+    for node in sorted(found, key=lambda node: node.lineno):
+        first = min(
+            [node, *getattr(node, "decorator_list", [])], key=lambda x: x.lineno
+        )
+        parts.append("\n".join(lines[first.lineno - 1 : node.end_lineno]))
+    return "\n\n\n".join(textwrap.dedent(part) for part in [*parts, call])
 
 
 def walk_pages(given, config, arrays):
@@ -2362,16 +2366,38 @@ def readable(error):
     return text.encode("ascii", "replace").decode(), error.end
 
 
+def complain(problem):
+    """Say what went wrong. Returns the exit code."""
+    print(f"rlhf_loop_pseudo.py: {problem}", file=sys.stderr)
+    return 1
+
+
 def close_output(code):
     """Print what is still waiting. Returns the exit code, 1 if that cannot be printed."""
     try:
         sys.stdout.flush()
     except OSError as problem:  # a full disk, or nobody who reads it
-        if not code and not isinstance(problem, BrokenPipeError):
-            print(f"rlhf_loop_pseudo.py: {problem}", file=sys.stderr)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return code or 1
+        closed = code or isinstance(problem, BrokenPipeError)
+        return code or (1 if closed else complain(problem))
     return code
+
+
+def print_pages(pages, printed, pause):
+    """Print pages and keep them in printed. Returns the exit code."""
+    console = make_console()
+    try:
+        for shown in pages:
+            printed.append(shown)
+            show(shown, console, pause)
+    except (KeyboardInterrupt, EOFError):
+        print("\nInterrupted.")
+        return 130
+    except SystemExit as stop:  # rich's answer to a closed pipe
+        return stop.code
+    except (FloatingPointError, MemoryError, OSError) as problem:
+        return complain(problem)
+    return 0
 
 
 @np.errstate(all="ignore")  # check_finite speaks of what is not finite
@@ -2388,37 +2414,23 @@ def main(argv=None):
         given, configs = read_command_line(argv)
     except SystemExit as stop:
         sys.exit(close_output(stop.code))
-    arrays, runs, printed, console, code = {}, [], [], make_console(), 0
-    pages = training_pages(configs, arrays, runs)
-    if configs[0].steps == 1:
+    arrays, runs, printed = {}, [], []
+    if "show" in given:
+        pages = [Group(Text(given["show"]))]
+    elif configs[0].steps == 1:
         pages = walk_pages(given, configs[0], arrays)
-    try:
-        if "show" in given:
-            pages = []
-            print(given["show"])
-        for shown in pages:
-            printed.append(shown)
-            show(shown, console, "pause" in given)
-    except (KeyboardInterrupt, EOFError):
-        code = 130
-        print("\nInterrupted.")
-    except SystemExit as stop:  # rich's answer to a closed pipe
-        code = stop.code
-    except (FloatingPointError, MemoryError, OSError) as problem:
-        code = 1
-        print(f"rlhf_loop_pseudo.py: {problem}", file=sys.stderr)
-    files = {}
+    else:
+        pages = training_pages(configs, arrays, runs)
+    code = print_pages(pages, printed, "pause" in given)
+    files = {"export": lambda: exported(given["export"], given.get("theme"), printed)}
     if arrays or any(run.metrics for run in runs):
         files["save"] = lambda: saved(configs, arrays, runs)
-    files["export"] = lambda: exported(given["export"], given.get("theme"), printed)
-    for name, data in files.items():
-        # after a failure an older file is worth more
-        if name in given and not (code and given[name].exists()):
+    for name in files.keys() & given.keys():
+        if not code or not given[name].exists():  # a failed run costs no older file
             try:
-                replace_file(given[name], data())
+                replace_file(given[name], files[name]())
             except OSError as problem:
-                code = 1
-                print(f"rlhf_loop_pseudo.py: {problem}", file=sys.stderr)
+                code = complain(problem)
     return close_output(code)
 
 
