@@ -1547,7 +1547,7 @@ def table(columns, left=1, gap=2):
 
 def fixed(value, digits=2, error=None):
     """A number with these decimals, never a negative zero; a dash for NaN."""
-    form = f".{digits}f" if abs(value) < 1e5 else ".3g"
+    form = f".{digits}f" if abs(value) < 1e5 else ".1g"
     text = f"{round(float(value), digits) + 0.0:{form}}"
     text += "" if error is None else f" ± {error:.{digits}f}"
     return "-" if np.isnan(value) else text
@@ -1946,7 +1946,7 @@ def training_page(run, number):
 
 def chart_page(runs, width=60, height=10):
     """The human's opinion over KL, in each run's mark and colour."""
-    points, legend = [], Text("          ")
+    points, legend = [], []
     for number, run in enumerate(runs):
         look = MARKS[number % 8], COLOURS[number % 8]
         parts = min(60, run.config.steps)  # means over these, against noise
@@ -1955,7 +1955,8 @@ def chart_page(runs, width=60, height=10):
         human = [x.mean() for x in opinions]
         start = kl[0], human[0], ("S", "bold")
         points = [*zip(kl, human, [look] * parts), *points, start]
-        legend.append(f"{look[0]} {run.label}   ", look[1])
+        legend += [Text(" " * 10)] if number % 3 == 0 else []
+        legend[-1].append(f"{look[0]} {run.label:<20}", look[1])
     far, low = max(x for x, *_ in points), min(y for _, y, _ in points)
     high = max(y for _, y, _ in points)
     grid = [[(" ", "")] * width for _ in range(height)]
@@ -1971,7 +1972,7 @@ def chart_page(runs, width=60, height=10):
         Text(
             f"{'':10}KL in nats per response, 0 to {far:.1f} on a square-root scale"
         ),
-        legend,
+        *legend,
     )
 
 
