@@ -1851,10 +1851,8 @@ def advantages_page(seen, config):
         formula = "R - mean of the others' R"
         lines = [("Group advantages: ", *advantages), *whitened]
         if config.method == "grpo":
-            formula, lines = (
-                f"(R - mean R) / standard deviation (by {group - 1})",
-                lines[:1],
-            )
+            formula = f"(R - mean) / std, where std has the divisor {group - 1}"
+            lines = lines[:1]
             scaled = "The division scales the advantages, so they are not whitened."
         says = f"""R is the total reward of a response. The responses to the same prompt serve as
             the baseline: each advantage is {formula}, and all tokens of a response have the same.
@@ -1912,11 +1910,11 @@ def update_page(seen, config):
         (f"Clipped ratio: clip(ratio, {low}, {high})",),
         table(columns),
         *lines,
-        f"""The ratio is a token's new probability over its old one, A its {which} advantage. Each
-        epoch is an update on the whole batch; its row is from before the update.""",
+        f"""A is a token's {which} advantage. Each epoch is an update on the whole batch, and its
+        row is from before the update.""",
         "Why is the ratio 1 in the first epoch, and what is learned then?",
-        f"""The actor still is the one that wrote the responses. The loss is minus the mean of A
-        {also}; it has a gradient, since raising a ratio with A > 0 lowers the loss.""",
+        f"""The actor still is the one that wrote the responses. The loss is minus the mean of
+        A{also}; it has a gradient, since raising a ratio with A > 0 lowers the loss.""",
         "Why is the ratio clipped?",
         f"""Above {high} where A > 0, and below {low} where A < 0, a token's {gradient} is 0. It no
         longer pushes its own ratio away from 1; clipped is the fraction of such tokens.""",
@@ -1999,8 +1997,8 @@ def training_page(run, number):
             that are in the training list."""
     if config.method == "dpo":
         std = float(run.models.reward_model["score_std"][0])
-        about += f""" DPO learns from pairs, not from these responses. Its β is {config.beta:g} times
-            {std:.2f}, by which the scores were divided."""
+        about += f""" DPO learns from pairs, not from these responses. Its β is {config.beta:g}
+            times {std:.2f}, by which the scores were divided."""
     else:
         clipped = window_means(history["policy/clipfrac_avg"])[1]
         columns["clipped"] = [f"{fraction:.1%}" for fraction in clipped]
