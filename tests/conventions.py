@@ -263,7 +263,12 @@ def max_for_min(ours, given):
 
 
 def without_clip(ours, given):
-    return ours(given | {"clip": 1e9})
+    return ours(given | {"clip": 1e30})
+
+
+def ratio_upside_down(ours, given):
+    results = swapped(ours, given, "new_logprobs", "old_logprobs")
+    return results | {"d_new_logprobs": -results["d_new_logprobs"]}
 
 
 def score_in_last_column(ours, given):
@@ -448,7 +453,7 @@ def probe_ppo(probe):
         return
     high = straight_line(lambda clip: -loss(FAR_RATIO, 1, clip) / unit)
     low = straight_line(lambda clip: loss(-FAR_RATIO, -1, clip) / unit)
-    if high and low and at_usual_clip(high) + at_usual_clip(low) > 2 + 1e-4:
+    if high and low and at_usual_clip(high) + at_usual_clip(low) > 2 + 1e-5:
         words = f"a ratio within [{line_in_words(low)}, {line_in_words(high)}], clip-higher as"
         yield known("clip", f"{words} in DAPO", clipped_ratio, low=low, high=high)
     highest = loss(FAR_RATIO, -1) / unit
@@ -559,6 +564,7 @@ OF_ONE = {  # of one function
     "whiten": [("yours adds the mean back", mean_kept)],
     "ppo_loss": [
         ("yours takes the larger of the two objectives, ours the smaller", max_for_min),
+        ("new_logprobs and old_logprobs are swapped", ratio_upside_down),
         ("yours does not clip: while no ratio is outside the clip they agree", without_clip),
     ],
 }
