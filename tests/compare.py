@@ -345,7 +345,7 @@ class Comparison:
             self.add_difference(conventions, pairs)
             return "DIFFERS"
         if coarse:
-            self.notes.append("in float64 yours has the digits of float32: is it used inside?")
+            self.notes.append("in float64 they agree only as closely as in float32")
         self.ask_more(conventions, [case for case, _ in pairs], coarse)
         words = "; and ".join(one.words for one in conventions)
         return "agrees" + f", but for: {words}" * bool(words) + f" ({reach(pairs, outcomes)})"

@@ -465,10 +465,9 @@ def probe_ppo(probe):
         yield known("second_clip", words, second_clip, highest=second)
     elif 1 < highest < math.exp(FAR_RATIO - 1) and second != high:
         limit = np.round(math.log(highest), 4)
-        bottom = -limit if lowest < 1e-6 else np.round(math.log(lowest), 4)
-        words = f"[{bottom:g}, {limit:g}]" if bottom != -limit else f"+-{limit:g}"
-        who = ", as in OpenRLHF and verl" if words == "+-20" else ""
-        words = f"log ratios clipped to {words}{who}"
+        bottom = -math.inf if lowest < 1e-6 else np.round(math.log(lowest), 4)
+        words = f"log ratios clipped at {limit:g}" + (f" and {bottom:g}" if lowest > 1e-6 else "")
+        words += ", as in OpenRLHF and verl" if limit == 20 else ""
         yield known("second_clip", words, clipped_log_ratio, low=bottom, high=limit)
 
 
