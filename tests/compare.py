@@ -63,10 +63,10 @@ except ModuleNotFoundError as missing:
 
 
 LOOSE = 1e-3  # where a convention brings another epsilon
-SMALL_ERROR = 0.01
 RIGHT, WRONG, QUESTION = "bold cyan", "bold red", "bold yellow"
 SMALL_ERROR = 0.01
 KINDS = ["numbers", "shape", "missing", "not finite", "raises"]  # the most instructive first
+NOT_FINITE = KINDS.index("not finite")
 
 
 class Outcome(NamedTuple):  # how an answer of yours compares with ours
@@ -84,8 +84,6 @@ class Example(NamedTuple):  # a smallest input, and what is said of it
     columns: dict  # results by name, under the heading of their column
     remarks: list
 
-
-NOT_FINITE = KINDS.index("not finite")
 
 # ------------------------------------------------------------------ one answer
 
@@ -312,7 +310,7 @@ class Comparison:
         differing = [(rank(x), x, case) for case, x in differing if x.kind]
         differing.sort(key=lambda x: (x[0], x[2].largest > 10, x[2].complexity()))
         kind = differing[0][0]
-        several = 1 if differing[0][2].size(1, BY_TOKEN) > 20 else 3  # long rows take long
+        several = 1 if differing[0][2].size(1, BY_TOKEN) > 20 else 2  # long rows take long
         found = [smallest(case, fits) for rank, _, case in differing[:several] if rank == kind]
         case = min(found, key=Case.complexity)
         answer = self.function.ask(case)

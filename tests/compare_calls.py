@@ -66,6 +66,7 @@ OURS = {"logprobs": logprobs, "clipped_value_loss": clipped_value_loss}
 DIMENSIONS = {"loss": 0, "scores": 1}  # of a first result; of all others 2
 # What is no difference, as a share of the largest number in play: rounding, and an epsilon of 1e-8
 TOLERANCE = {"float64": 1e-7, "float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
+WATCHED = 100  # calls after which it is known which arguments are overwritten
 NOT_THERE = (NotImplementedError, ValueError, KeyError, AssertionError)  # for an unknown setting
 
 
@@ -160,7 +161,7 @@ class Function:
         self.name, self.results, self.tick = name, results, tick
         self.kinds = dict(zip(inspect.signature(self.ours).parameters, kinds))
         self.way = Way("tensors" if "torch" in sys.modules else "arrays")
-        self.overwritten, self.problems = set(), {}
+        self.asked, self.overwritten, self.problems = 0, set(), {}
         try:
             parameters = inspect.signature(self.yours).parameters.values()
         except (TypeError, ValueError):  # some callables have no signature
@@ -212,7 +213,7 @@ class Function:
 
     def ask(self, case):
         self.tick()
-        given, before = hand_over(case, self.way), hand_over(case, self.way)
+        given = hand_over(case, self.way)
         try:
             results = self.call(given)
             width = case.real.shape[1]
@@ -228,7 +229,10 @@ class Function:
         firsts = [x[0] if isinstance(x, list) and x else x for x in results.values()]
         dtypes = [str(getattr(x, "dtype", "")).removeprefix("torch.") for x in firsts]
         dtypes = [case.dtype, *(dtype for dtype in dtypes if dtype in TOLERANCE)]
-        self.overwritten |= {x for x in given if not same({"": given[x]}, {"": before[x]})}
+        self.asked += 1
+        if self.asked < WATCHED:
+            before = hand_over(case, self.way)
+            self.overwritten |= {x for x in given if not same({"": given[x]}, {"": before[x]})}
         return Answer(found, max(dtypes, key=list(TOLERANCE).index))
 
     def plain_case(self, **numbers):
