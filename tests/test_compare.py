@@ -379,6 +379,8 @@ def test_mistakes_of_rare_inputs_are_found(differs):
     score = written("score_responses(model, prompts, responses, mask)", *prompt_end)
     differs("without the end token in the prompt they agree", score)
     differs("yours is not finite where nothing varies", "grpo_advantages", " + 1e-6", "")
+    no_spread = "assert totals.std(axis=1).all(), 'level'; centered ="
+    differs("yours raises AssertionError: level", "grpo_advantages", "centered =", no_spread)
     stable = "-np.minimum(margin, 0) + np.log1p(np.exp(-np.abs(margin)))"
     differs("numbers below 30 they agree", "preference_loss", stable, "np.log1p(np.exp(-margin))")
     more = "- ref_logprobs + (logprobs.dtype == 'float32')"
