@@ -1,0 +1,100 @@
+"""What each estimator of the KL does to the gradient, by exact sums over all responses.
+
+    python tests/kl_gradients.py        README's table
+
+A policy is a table of logits, one row for each of the 31 prefixes of a response of T = 3
+tokens from V = 5. All 125 responses are summed, so nothing is sampled.
+"""
+
+import importlib
+import itertools
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+loop = importlib.import_module("rlhf_loop_pseudo")
+
+V, T, PAIRS = 5, 3, 20
+RESPONSES = np.array(list(itertools.product(range(V), repeat=T)))  # (125, T)
+PREFIXES = np.stack(  # the row of each token's logits, (125, T)
+    [0 * RESPONSES[:, 0], 1 + RESPONSES[:, 0], 1 + V + RESPONSES[:, :2] @ [V, 1]], axis=1
+)
+MASK = np.ones(RESPONSES.shape)
+DISTANCES = 0.05, 0.5, 1.5  # standard deviation of the actor's logits around the reference's
+PLACES = [f"{name} {place}" for name in ("k1", "k2", "k3") for place in ("reward", "loss")]
+
+
+def logprobs_of(logits):
+    """Log probabilities of every token of every response, (125, T)."""
+    return loop.log_softmax(logits)[PREFIXES, RESPONSES]
+
+
+def kl_of(logits, ref_logits):
+    """KL(actor || reference) of whole responses, by its definition."""
+    logprobs, ref_logprobs = (logprobs_of(x).sum(axis=1) for x in (logits, ref_logits))
+    return np.exp(logprobs) @ (logprobs - ref_logprobs)
+
+
+def exact_gradient(logits, ref_logits, step=1e-6):
+    """d KL / d logits, by differences."""
+    gradient = np.zeros_like(logits)
+    for place in np.ndindex(logits.shape):
+        moved = np.zeros_like(logits)
+        moved[place] = step
+        difference = kl_of(logits + moved, ref_logits) - kl_of(logits - moved, ref_logits)
+        gradient[place] = difference / (2 * step)
+    return gradient
+
+
+def expected_gradient(logits, ref_logits, estimator, place):
+    """What the estimator comes to in place of d KL / d logits, in expectation.
+
+    In the reward, a token's log probability moves with the KL of the whole response. In
+    the loss, it moves with kl_loss's derivative, here of the sum over tokens.
+    """
+    logprobs, ref_logprobs = logprobs_of(logits), logprobs_of(ref_logits)
+    if place == "reward":
+        kl = loop.kl_penalty(logprobs, ref_logprobs, estimator)
+        weights = np.repeat(kl.sum(axis=1, keepdims=True), T, axis=1)
+    else:
+        _, slopes = loop.kl_loss(logprobs, ref_logprobs, MASK, estimator)
+        weights = slopes * MASK.size
+    weights = weights * np.exp(logprobs.sum(axis=1, keepdims=True))  # times p(response)
+    d_logits = np.eye(V)[RESPONSES] - np.exp(loop.log_softmax(logits))[PREFIXES]
+    gradient = np.zeros_like(logits)
+    np.add.at(gradient, PREFIXES, weights[..., None] * d_logits)
+    return gradient
+
+
+def compare(distance):
+    """(KL, {place: (relative error, cosine)}): medians over random pairs of policies."""
+    kls, results = [], {place: [] for place in PLACES}
+    for seed in range(PAIRS):
+        ref_logits, noise = np.random.default_rng(seed).standard_normal((2, 1 + V + V * V, V))
+        logits = ref_logits + distance * noise
+        kls.append(kl_of(logits, ref_logits))
+        exact = exact_gradient(logits, ref_logits)
+        size = np.linalg.norm(exact)
+        for name in PLACES:
+            found = expected_gradient(logits, ref_logits, *name.split())
+            length = np.linalg.norm(found)
+            cosine = (found * exact).sum() / (length * size) if length > 1e-9 * size else 0.0
+            results[name].append((np.linalg.norm(found - exact) / size, cosine))
+    return np.median(kls), {n: np.median(x, axis=0) for n, x in results.items()}
+
+
+def table():
+    """The lines of README's table."""
+    lines = [["KL", *(place.replace(" ", " in the ") for place in PLACES)]]
+    lines.append(["---"] * len(lines[0]))
+    for distance in DISTANCES:
+        kl, results = compare(distance)
+        cells = [f"{error:.2f}, {cosine + 0.0:.2f}" for error, cosine in results.values()]
+        lines.append([f"{kl:.1g}" if kl < 1 else f"{kl:.1f}", *cells])
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+if __name__ == "__main__":
+    print("\n".join(table()))
