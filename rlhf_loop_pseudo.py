@@ -1547,7 +1547,8 @@ def table(columns, left=1, gap=2):
 
 def fixed(value, digits=2, error=None):
     """A number with these decimals, never a negative zero; a dash for NaN."""
-    text = f"{round(float(value), digits) + 0.0:.{digits}f}"
+    form = f".{digits}f" if abs(value) < 1e5 else ".1g"
+    text = f"{round(float(value), digits) + 0.0:{form}}"
     text += "" if error is None else f" ± {error:.{digits}f}"
     return "-" if np.isnan(value) else text
 
@@ -1613,12 +1614,10 @@ def opening_page(heading, configs):
 
 def tuning_page(report, config):
     """Stage 1: what fine-tuning reached."""
-    names, losses = ("prompts", "responses", "mask"), report["fine_tuning/losses"]
     best, real = report["fine_tuning/best_loss"], report["fine_tuning/words"]
-    after, before = (
-        [report[f"preferences/{n}"][:5] for n in names],
-        report["fine_tuning/before"],
-    )
+    losses, before = report["fine_tuning/losses"], report["fine_tuning/before"]
+    names = "preferences/prompts", "preferences/responses", "preferences/mask"
+    after = [report[name][:5] for name in names]
     untrained = after[0][:4], before, np.cumsum(before == 26, axis=1) <= 1
     return page(
         "Stage 1: Supervised fine-tuning (Reference)",
@@ -1642,7 +1641,8 @@ def choices_page(report, config):
     seen = {name.partition("/")[2]: x for name, x in report.items() if "pref" in name}
     words = texts_of(seen["prompts"], seen["responses"], config)
     pairs, right = len(words) // 2, seen["accuracy"]
-    error, best = (right * (1 - right) / pairs) ** 0.5, seen["best_accuracy"]
+    error = (right * (1 - right) / pairs) ** 0.5
+    best = f"{seen['best_accuracy']:.1%} is the best possible"
     differ = [row for row in range(pairs) if words[row] != words[row + pairs]]
     rows = [row + other for row in differ[:3] for other in (0, pairs)]
     columns = {"": ["chosen", "rejected"] * 3, "word": [words[row] for row in rows]}
@@ -1652,11 +1652,7 @@ def choices_page(report, config):
         "Stage 2: Learning from a human's choices (Reward Model)",
         ("Preference pairs: ", config.preference_pairs, "one of two is chosen"),
         ("Loss: ", *fall(seen["losses"])),
-        (
-            "Correct on new pairs: ",
-            f"{right:.1%} ± {error:.1%}",
-            f"{best:.1%} at best",
-        ),
+        ("Correct on new pairs: ", f"{right:.1%} ± {error:.1%}", best),
         table(columns, left=2),
         """The loss is -log sigmoid(score of chosen - score of rejected). The human is simulated:
         they rate a word from 0 to 1, highest if it has as many vowels as consonants and repeats
@@ -1753,11 +1749,8 @@ def kl_page(seen, config):
 
 def rewards_page(seen, config):
     """Step 5."""
-    step, beta, formula = (
-        seen.step,
-        config.beta,
-        "reward = reward_model_score - β * KL",
-    )
+    step, beta = seen.step, config.beta
+    formula = "reward = reward_model_score - β * KL"
     totals, score = step.rewards.sum(axis=1), fixed(step.scores[0], 3)
     tokens = listed(step.rewards[0][step.mask[0] != 0])
     kl, total = fixed(step.kl[0].sum(), 3 + len(f"{beta:.0f}")), fixed(totals[0], 3)
@@ -1799,9 +1792,9 @@ def advantages_page(seen, config):
         check = [
             ("    δ[t] = reward[t] + γ value[t+1] - value[t]",),
             (
-                f"    advantage[t] = δ[t] + γ λ advantage[t+1]  γ = {gamma}, λ = {lam}",
+                f"    advantage[t] = δ[t] + γ λ advantage[t+1], γ = {gamma}, λ = {lam}",
             ),
-            ("    return[t] = advantage[t] + value[t]       the critic's target",),
+            ("    return[t] = advantage[t] + value[t], the critic's target",),
         ]
     else:
         heading = f"{config.method.upper()}, no critic"
@@ -1953,17 +1946,17 @@ def training_page(run, number):
 
 def chart_page(runs, width=60, height=10):
     """The human's opinion over KL, in each run's mark and colour."""
-    points, legend = [], Text("          ")
+    points, legend = [], []
     for number, run in enumerate(runs):
         look = MARKS[number % 8], COLOURS[number % 8]
         parts = min(60, run.config.steps)  # means over these, against noise
-        split = [
-            np.array_split(run.history[METRICS[n]], parts) for n in ("KL", "human")
-        ]
-        kl, human = ([part.mean() for part in parts_of] for parts_of in split)
+        kl = [x.mean() for x in np.array_split(run.history["objective/kl"], parts)]
+        opinions = np.array_split(run.history["objective/human_scores"], parts)
+        human = [x.mean() for x in opinions]
         start = kl[0], human[0], ("S", "bold")
         points = [*zip(kl, human, [look] * parts), *points, start]
-        legend.append(f"{look[0]} {run.label}   ", look[1])
+        legend += [Text(" " * 10)] if number % 3 == 0 else []
+        legend[-1].append(f"{look[0]} {run.label:<20}", look[1])
     far, low = max(x for x, *_ in points), min(y for _, y, _ in points)
     high = max(y for _, y, _ in points)
     grid = [[(" ", "")] * width for _ in range(height)]
@@ -1979,7 +1972,7 @@ def chart_page(runs, width=60, height=10):
         Text(
             f"{'':10}KL in nats per response, 0 to {far:.1f} on a square-root scale"
         ),
-        legend,
+        *legend,
     )
 
 
@@ -1988,18 +1981,14 @@ def outcome_page(runs):
     config, lines, hacked = runs[0].config, [], {}
     for number, run in enumerate(runs):
         said, history = verdict(run.history), run.history
-        human, words = (
-            window_means(history[METRICS[n]])[1] for n in ("human", "words")
-        )
+        human = window_means(history["objective/human_scores"])[1]
+        words = [fixed(x) for x in window_means(history["val/words"])[1]]
         figures = f": human {fixed(human[0])}, best {fixed(max(human))}, "
-        figures += (
-            f"end {fixed(human[-1])}; words {fixed(words[0])} to {fixed(words[-1])}"
-        )
+        figures += f"end {fixed(human[-1])}; words {words[0]} to {words[-1]}"
         label = Text(f"  {run.label:<14}", f"bold {COLOURS[number % 8]}")
         lines.append(label + words_line("", run.words["actor"], config))
-        lines.append(
-            Text.assemble("    ", (said, VERDICTS.get(said, "bold")), figures)
-        )
+        style = VERDICTS.get(said, "bold")
+        lines.append(Text.assemble("    ", (said, style), figures))
         hacked.setdefault(run.config.reward, set()).add(said == "Reward hacking")
     if True in hacked.get("learned", ()) and hacked.get("human") == {False}:
         lines.append("""The human's own rule as the reward is not hacked. So the training is right,
@@ -2020,7 +2009,8 @@ def optimum_page(runs):
     means, best = {"fresh responses": labels}, {"": labels}
     for head in METRICS:
         means[head] = [fixed(run.theory[head.lower()]) for run in runs]
-    for name in ("J_start", "J", "J_star", "share"):
+    best["J_start"] = [fixed(run.theory["J_start"], 3) for run in runs]
+    for name in ("J", "J_star", "share"):
         results = [(run.theory[name], run.theory[f"{name}_error"]) for run in runs]
         best[name] = [fixed(value, 3, error) for value, error in results]
     return page(
@@ -2041,11 +2031,7 @@ EXAMPLES = """examples:
   python rlhf_loop_pseudo.py --preset letters --only 6 --inspect 3
   python rlhf_loop_pseudo.py --preset letters --steps 200 --beta 0 0.05 0.2 1
   python rlhf_loop_pseudo.py --preset letters --steps 200 --method ppo rloo grpo dpo"""
-SEVERAL = (
-    "beta",
-    "method",
-    "reward",
-)  # flags that take several values, to compare them
+SEVERAL = "beta", "method", "reward"  # with several values, these are compared
 STEP_PAGES = prompts_page, responses_page, scores_page, kl_page, rewards_page
 STEP_PAGES += advantages_page, update_page
 
@@ -2183,10 +2169,9 @@ def read_command_line(argv):
     settings = {k: x for k, x in given.items() if k in Config.__dataclass_fields__}
     lists = {name: settings.pop(name) for name in SEVERAL if name in settings}
     try:
-        combinations = [
-            dict(zip(lists, x)) for x in itertools.product(*lists.values())
-        ]
-        configs = [configure(preset, **settings, **chosen) for chosen in combinations]
+        combinations = itertools.product(*lists.values())
+        chosen = [dict(zip(lists, values)) for values in combinations]
+        configs = [configure(preset, **settings, **several) for several in chosen]
         refuse_without_effect(given, configs)
         if "show" in given:
             refuse(len(given) > 1, "--show works alone")
@@ -2221,17 +2206,13 @@ def source_of(name):
     refuse(
         not wanted, f"--show: no function is named {name}; try gae, or 6 for step 6"
     )
-    call, found = (
-        f"# {wanted[0]}({', '.join(inspect.signature(own[wanted[0]]).parameters)})",
-        set(),
-    )
+    call = ", ".join(inspect.signature(own[wanted[0]]).parameters)
+    call, found = f"# {wanted[0]}({call})", set()
     while wanted:
         nodes = statements[wanted.pop()]
         used = {x.id for n in nodes for x in ast.walk(n) if isinstance(x, ast.Name)}
-        wanted += [
-            n for n in used & {*statements} if not found.issuperset(statements[n])
-        ]
         found.update(nodes)
+        wanted += [n for n in used & {*statements} if not found >= {*statements[n]}]
     parts, lines = [], source.splitlines()
     for node in sorted(found, key=lambda node: node.lineno):
         first = min(
@@ -2348,9 +2329,8 @@ def show(shown, console, pause):
     """Print a page. With --pause ask its questions first, and wait."""
     if pause:
         console.clear()
-        questions = [
-            x for x in shown.renderables if getattr(x, "style", "") == "question"
-        ]
+        parts = shown.renderables
+        questions = [x for x in parts if getattr(x, "style", "") == "question"]
         if questions:
             console.print(*questions, sep="\n")
             input("  [Enter] ")
