@@ -1,19 +1,22 @@
 """README's tables of trainings, which take many seeds, and what it claims about them.
 
-The suite trains on two seeds only. All of it, printed in Markdown as README has it:
+The suite has four trainings. All of them, printed in Markdown as README has them:
 
     python -m pytest -m claims -n 0 -s tests/test_claims.py
 """
 
-import dataclasses
+import functools
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 import rlhf_loop_pseudo as loop
+from test_readme import assert_same_figures, rows_of
 
 STEPS = 200
 SEEDS = {"0 to 9": range(10), "100 to 109": range(100, 110), "300 to 309": range(300, 310)}
+GRPO_IN_LOSS = {"method": "grpo", "kl_in": "loss"}
 TRAININGS = {  # settings that differ from those of --preset letters
     "β 0": {"beta": 0.0},
     "β 0.05": {"beta": 0.05},
@@ -21,44 +24,209 @@ TRAININGS = {  # settings that differ from those of --preset letters
     "β 1": {"beta": 1.0},
     "rloo": {"method": "rloo"},
     "grpo": {"method": "grpo"},
+    "grpo, k1 in the loss": GRPO_IN_LOSS | {"kl_estimator": "k1"},
+    "grpo, k2 in the loss": GRPO_IN_LOSS | {"kl_estimator": "k2"},
+    "grpo, k3 in the loss": GRPO_IN_LOSS | {"kl_estimator": "k3"},
+    "the same at β 0.6": GRPO_IN_LOSS | {"kl_estimator": "k3", "beta": 0.6},
     "dpo": {"method": "dpo"},
-    "k1 in the loss": {"method": "grpo", "kl_in": "loss", "kl_estimator": "k1"},
-    "k2 in the loss": {"method": "grpo", "kl_in": "loss", "kl_estimator": "k2"},
-    "k3 in the loss": {"method": "grpo", "kl_in": "loss", "kl_estimator": "k3"},
-    "k3 in the loss, β 0.6": {
-        "method": "grpo",
-        "kl_in": "loss",
-        "kl_estimator": "k3",
-        "beta": 0.6,
-    },
-    "k2": {"kl_estimator": "k2"},
-    "k3": {"kl_estimator": "k3"},
-    "human's rule, β 0": {"reward": "human", "beta": 0.0},
+    "ppo, k2 in the reward": {"kl_estimator": "k2"},
+    "ppo, k3 in the reward": {"kl_estimator": "k3"},
+    "the human's rule": {"reward": "human", "beta": 0.0},
 }
-FIGURES = "score", "kl", "start", "best", "human", "words", "share"
+PRICES = {"0": "β 0", "0.05": "β 0.05", "0.2": "ppo", "1": "β 1"}
+OTHERS = {"0, the human's rule": "the human's rule"}
+METHODS = "ppo", "rloo", "grpo", "dpo"
+IN_LOSS = [name for name in TRAININGS if "loss" in name or "same" in name]
 
 
-def measure(seed, names):
-    """{training: {figure: value}} for one seed, whose trainings share the stages before."""
-    results, stages = {}, loop.learn_from_human(loop.configure("letters", seed=seed))
-    for name in names:
-        settings = {"steps": STEPS, "seed": seed} | TRAININGS[name]
-        results[name] = train(loop.configure("letters", **settings), stages)
-    config = loop.configure("letters", seed=seed)
-    models = loop.prepare(config, stages)
-    reference = models._replace(actor=models.reference)
-    results["reference"] = loop.theory(reference, config)
-    return results
+@functools.cache
+def stages_of(seed):
+    """The stages before the loop, which all trainings of a seed share."""
+    return loop.learn_from_human(loop.configure("letters", seed=seed))
 
 
-@np.errstate(all="ignore")
-def train(config, stages):
-    """A training: figures of fresh responses, and the human's opinion at start and best."""
-    models = loop.prepare(config, stages)
-    metrics = [metrics for metrics, _ in loop.train(models, config, stages.pairs)]
-    history = loop.Run(config, "", models, metrics, [], {}, {}).history
+@np.errstate(all="ignore")  # as the command line does
+def train(name, seed, steps=STEPS):
+    """Train as the command line does. Returns figures of fresh responses, and others."""
+    config = loop.configure("letters", **{"steps": steps, "seed": seed} | TRAININGS[name])
+    models, pairs = loop.prepare(config, stages_of(seed)), stages_of(seed).pairs
+    metrics = [metrics for metrics, _ in loop.train(models, config, pairs)]
+    history = loop.Run(config, name, models, metrics, [], {}, {}).history
     _, human, _ = loop.window_means(history["objective/human_scores"])
     figures = {"start": human[0], "best": human.max(), "verdict": loop.verdict(history)}
-    if "policy/clipfrac_avg" in history:
+    if config.method != "dpo":
         figures["clipped"] = history["policy/clipfrac_avg"][: STEPS // 2].mean()
     return figures | loop.theory(models, config)
+
+
+def reference(seed):
+    """The same figures of the reference."""
+    config = loop.configure("letters", seed=seed)
+    models = loop.prepare(config, stages_of(seed))
+    figures = loop.theory(models._replace(actor=models.reference), config)
+    return figures | {"start": figures["human"], "best": figures["human"], "verdict": ""}
+
+
+def check_no_price(run):
+    """At first the human is pleased, then lost with the words."""
+    assert run["best"] >= run["start"] + 0.08
+    assert run["human"] <= run["start"] - 0.1
+    assert run["words"] < 0.15
+    assert run["verdict"] == "Reward hacking"
+    assert np.isnan(run["share"])
+
+
+def check_price(run):
+    """The human ends near its best, and most of what it reads are words."""
+    assert run["human"] >= run["start"] + 0.12
+    assert run["human"] >= 0.95 * run["best"]
+    assert run["words"] > 0.75
+    assert run["verdict"] == "Better liked, in words"
+
+
+def check_dpo(run):
+    """Liked better than at the start, in words, and not as near to the optimum as PPO."""
+    assert run["human"] > run["start"] + 0.15
+    assert run["words"] > 0.65
+    assert 0.5 < run["share"] < 0.9
+
+
+def check_human_rule(run):
+    """What the human likes, nearly as much as they can, and not only in words."""
+    assert run["human"] > 0.97
+    assert 0.4 < run["words"] < 0.95
+    assert run["verdict"] != "Reward hacking"
+
+
+def test_without_a_price_of_kl_the_human_is_lost_and_with_it_pleased():
+    check_no_price(free := train("β 0", 0, 100))
+    check_price(priced := train("ppo", 0, 100))
+    assert free["score"] > priced["score"] + 0.5
+    assert free["kl"] > 10 * priced["kl"]
+    assert 0.8 < priced["share"] <= 1
+    assert 0.005 <= priced["clipped"] < 0.2
+
+
+def test_dpo_learns_and_the_humans_own_rule_is_not_hacked():
+    check_dpo(train("dpo", 100, 100))
+    check_human_rule(train("the human's rule", 100, 100))
+
+
+# ------------------------------------------------------------------ over many seeds
+
+
+@pytest.fixture(scope="module", params=SEEDS)
+def many(request):
+    """{training: {figure: its values over ten seeds}}, printed as README's tables."""
+    rows = {"reference": [reference(seed) for seed in SEEDS[request.param]]}
+    rows |= {name: [train(name, seed) for seed in SEEDS[request.param]] for name in TRAININGS}
+    runs = {n: {f: np.array([run[f] for run in row]) for f in row[0]} for n, row in rows.items()}
+    print(f"\n\nseeds {request.param}\n\n", *prices(runs), "\n", *methods(runs), sep="\n")
+    for name, run in runs.items():
+        ranges = [f"{f} {x.min():.2f} to {x.max():.2f}" for f, x in run.items() if x.dtype != "<U"]
+        print(name, *ranges, *sorted(set(run["verdict"])), sep="; ")
+    return runs
+
+
+def medians(run, figures):
+    """Medians over the seeds, as README shows them."""
+    values = {name: np.median(run[name]) for name in figures.split()}
+    digits = {"kl": 1 if values.get("kl", 0) > 10 else 2}
+    return [loop.fixed(value, digits.get(name, 2)) for name, value in values.items()]
+
+
+def prices(runs):
+    """The rows of README's table of four betas."""
+    for beta, name in (PRICES | OTHERS).items():
+        human = ", ".join(medians(runs[name], "start best human"))
+        score, kl, words, share = medians(runs[name], "score kl words share")
+        yield f"| {beta} | {score} | {kl} | {human} | {words} | {share} |"
+
+
+def methods(runs):
+    """The rows of README's table of methods."""
+    for name in ["reference", *METHODS, *IN_LOSS]:
+        yield f"| {name} | {' | '.join(medians(runs[name], 'score kl human words share'))} |"
+
+
+@pytest.mark.claims
+def test_the_medians_are_readmes(many):
+    """Those of other seeds and of other processors are near."""
+    for head, rows in ("| β |", prices(many)), ("| method |", methods(many)):
+        for shown, row in zip(rows_of(head), rows, strict=True):
+            assert_same_figures(shown, row, atol=0.06, rtol=0.25)
+
+
+def seed_by_seed(run):
+    """The figures of one training, a dict for each seed."""
+    return [dict(zip(run, values)) for values in zip(*run.values())]
+
+
+@pytest.mark.claims
+def test_the_human_is_lost_without_a_price_and_kept_with_it_on_every_seed(many):
+    for run in seed_by_seed(many["β 0"]):
+        check_no_price(run)
+    for run in seed_by_seed(many["ppo"]):
+        check_price(run)
+
+
+@pytest.mark.claims
+def test_the_human_likes_the_presets_price_best(many):
+    ends = [many[name]["human"] for name in PRICES.values()]
+    assert {[*PRICES][best] for best in np.argmax(ends, axis=0)} == {"0.2"}
+
+
+@pytest.mark.claims
+@pytest.mark.parametrize("name", ["ppo", "rloo", "grpo"])
+def test_most_of_what_is_attainable_is_attained(many, name):
+    assert 0.9 <= np.median(many[name]["share"]) <= 1
+
+
+@pytest.mark.claims
+def test_the_clip_acts_on_more_than_one_token_in_two_hundred(many):
+    assert np.median(many["ppo"]["clipped"]) >= 0.005
+
+
+@pytest.mark.claims
+def test_dpo_learns_from_pairs_alone(many):
+    for first in range(6):  # any five neighbouring seeds
+        few = {f: np.median(x[first : first + 5]) for f, x in many["dpo"].items() if f != "verdict"}
+        check_dpo(few)
+
+
+@pytest.mark.claims
+def test_the_humans_own_rule_is_hacked_on_no_seed(many):
+    for run in seed_by_seed(many["the human's rule"]):
+        check_human_rule(run)
+
+
+@pytest.mark.claims
+def test_k1_in_the_loss_restrains_nothing_and_k2_does(many):
+    k1, k2, k3 = (many[f"grpo, {name} in the loss"] for name in ("k1", "k2", "k3"))
+    assert k1["words"].max() < 0.1
+    assert set(k1["verdict"]) == {"Reward hacking"}
+    assert np.median(k1["kl"]) > 0.5 * np.median(many["β 0"]["kl"])
+    assert k2["words"].min() > k1["words"].max() + 0.1
+    assert np.median(k2["words"]) > np.median(k3["words"])
+    assert np.median(many["the same at β 0.6"]["words"]) > 0.65
+
+
+@pytest.mark.claims
+def test_other_estimators_in_the_reward_attain_less(many):
+    k1, k2, k3 = (many[f"ppo{name}"] for name in ("", ", k2 in the reward", ", k3 in the reward"))
+    assert np.median(k3["share"]) < np.median(k2["share"]) < np.median(k1["share"])
+    assert np.median(k3["words"]) < np.median(k1["words"])
+
+
+@pytest.mark.claims
+@pytest.mark.parametrize("name, beta", [("ppo", 0.2), ("β 1", 1.0)])
+def test_the_errors_of_the_optimum_are_calibrated(name, beta):
+    """Repeated with other random numbers, nine in ten lie within two errors of the mean."""
+    config = loop.configure("letters", steps=STEPS, beta=beta)
+    models = loop.prepare(config, stages_of(0))
+    assert len([*loop.core_loop(models, config)]) == STEPS
+    found = [loop.theory(models, replace(config, seed=seed)) for seed in range(20)]
+    for figure in ("J_star", "J", "share"):
+        values, errors = (np.array([x[f] for x in found]) for f in (figure, f"{figure}_error"))
+        assert (abs(values - values.mean()) <= 2 * errors).mean() >= 0.9, (name, figure)
+        assert values.std(ddof=1) > errors.mean() / 4, figure  # nor are they far too large
