@@ -19,11 +19,11 @@ COMMAND = ["--preset", "letters", "--steps", "200", "--beta", "0", "0.05", "0.2"
 def main(folder="."):
     """Train, and keep what the picture shows."""
     _, configs = loop.read_command_line(COMMAND)
-    opening, *_, chart, outcome, _ = loop.training_pages(configs, {}, [])
+    opening, *_, outcome, _ = loop.training_pages(configs, {}, [])
     data_flow = loop.Group(*opening.renderables[:2])  # without the text below it
     for theme in ("dark", "light"):
         path = Path(folder) / f"picture-{theme}.svg"
-        path.write_bytes(loop.exported(path, theme, [data_flow, chart, outcome]))
+        path.write_bytes(loop.exported(path, theme, [data_flow, outcome]))
         print(path)
 
 
