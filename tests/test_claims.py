@@ -1,6 +1,6 @@
 """README's tables of trainings, which take many seeds, and what it claims about them.
 
-The suite has four trainings. All of them, printed in Markdown as README has them:
+The suite has three short ones. All of them, printed in Markdown as README has them:
 
     python -m pytest -m claims -n 0 -s tests/test_claims.py
 """
@@ -107,9 +107,8 @@ def test_without_a_price_of_kl_the_human_is_lost_and_with_it_pleased():
     assert 0.005 <= priced["clipped"] < 0.2
 
 
-def test_dpo_learns_and_the_humans_own_rule_is_not_hacked():
+def test_dpo_learns_from_pairs_alone():
     check_dpo(train("dpo", 100, 100))
-    check_human_rule(train("the human's rule", 100, 100))
 
 
 # ------------------------------------------------------------------ over many seeds
@@ -183,15 +182,21 @@ def test_most_of_what_is_attainable_is_attained(many, name):
 
 
 @pytest.mark.claims
+@pytest.mark.parametrize("name", ["rloo", "grpo"])
+def test_a_critic_is_worth_two_points_at_most(many, name):
+    assert abs((many["ppo"]["share"] - many[name]["share"]).mean()) < 0.03
+
+
+@pytest.mark.claims
 def test_the_clip_acts_on_more_than_one_token_in_two_hundred(many):
     assert np.median(many["ppo"]["clipped"]) >= 0.005
 
 
 @pytest.mark.claims
-def test_dpo_learns_from_pairs_alone(many):
-    for first in range(6):  # any five neighbouring seeds
-        few = {f: np.median(x[first : first + 5]) for f, x in many["dpo"].items() if f != "verdict"}
-        check_dpo(few)
+def test_dpo_learns_in_the_median_of_any_five_neighbouring_seeds(many):
+    figures = "start human words share".split()
+    for first in range(6):
+        check_dpo({f: np.median(many["dpo"][f][first : first + 5]) for f in figures})
 
 
 @pytest.mark.claims
@@ -204,7 +209,7 @@ def test_the_humans_own_rule_is_hacked_on_no_seed(many):
 def test_k1_in_the_loss_restrains_nothing_and_k2_does(many):
     k1, k2, k3 = (many[f"grpo, {name} in the loss"] for name in ("k1", "k2", "k3"))
     assert k1["words"].max() < 0.1
-    assert set(k1["verdict"]) == {"Reward hacking"}
+    assert (k1["verdict"] == "Reward hacking").mean() >= 0.8
     assert np.median(k1["kl"]) > 0.5 * np.median(many["β 0"]["kl"])
     assert k2["words"].min() > k1["words"].max() + 0.1
     assert np.median(k2["words"]) > np.median(k3["words"])
