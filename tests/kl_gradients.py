@@ -18,12 +18,10 @@ loop = importlib.import_module("rlhf_loop_pseudo")
 
 V, T, PAIRS = 5, 3, 20
 RESPONSES = np.array(list(itertools.product(range(V), repeat=T)))  # (125, T)
-PREFIXES = np.stack(  # the row of each token's logits, (125, T)
-    [0 * RESPONSES[:, 0], 1 + RESPONSES[:, 0], 1 + V + RESPONSES[:, :2] @ [V, 1]], axis=1
-)
-MASK = np.ones(RESPONSES.shape)
+FIRST, SECOND = RESPONSES[:, 0], RESPONSES[:, 1]
+PREFIXES = np.stack([0 * FIRST, 1 + FIRST, 1 + V + V * FIRST + SECOND], axis=1)  # rows of logits
 DISTANCES = 0.05, 0.5, 1.5  # standard deviation of the actor's logits around the reference's
-PLACES = [f"{name} {place}" for name in ("k1", "k2", "k3") for place in ("reward", "loss")]
+PLACES = [(name, place) for name in ("k1", "k2", "k3") for place in ("reward", "loss")]
 
 
 def logprobs_of(logits):
@@ -43,24 +41,24 @@ def exact_gradient(logits, ref_logits, step=1e-6):
     for place in np.ndindex(logits.shape):
         moved = np.zeros_like(logits)
         moved[place] = step
-        difference = kl_of(logits + moved, ref_logits) - kl_of(logits - moved, ref_logits)
-        gradient[place] = difference / (2 * step)
+        ends = [kl_of(logits + change, ref_logits) for change in (moved, -moved)]
+        gradient[place] = (ends[0] - ends[1]) / (2 * step)
     return gradient
 
 
 def expected_gradient(logits, ref_logits, estimator, place):
     """What the estimator comes to in place of d KL / d logits, in expectation.
 
-    In the reward, a token's log probability moves with the KL of the whole response. In
-    the loss, it moves with kl_loss's derivative, here of the sum over tokens.
+    In the reward, each token's log probability moves by the KL of the whole response. In
+    the loss, it moves by kl_loss's derivative, here of the sum over tokens.
     """
     logprobs, ref_logprobs = logprobs_of(logits), logprobs_of(ref_logits)
     if place == "reward":
         kl = loop.kl_penalty(logprobs, ref_logprobs, estimator)
         weights = np.repeat(kl.sum(axis=1, keepdims=True), T, axis=1)
     else:
-        _, slopes = loop.kl_loss(logprobs, ref_logprobs, MASK, estimator)
-        weights = slopes * MASK.size
+        mask = np.ones(logprobs.shape)
+        weights = mask.size * loop.kl_loss(logprobs, ref_logprobs, mask, estimator)[1]
     weights = weights * np.exp(logprobs.sum(axis=1, keepdims=True))  # times p(response)
     d_logits = np.eye(V)[RESPONSES] - np.exp(loop.log_softmax(logits))[PREFIXES]
     gradient = np.zeros_like(logits)
@@ -69,30 +67,29 @@ def expected_gradient(logits, ref_logits, estimator, place):
 
 
 def compare(distance):
-    """(KL, {place: (relative error, cosine)}): medians over random pairs of policies."""
-    kls, results = [], {place: [] for place in PLACES}
+    """(KL, [(relative error, cosine) of each place]): medians over random pairs of policies."""
+    rows = []
     for seed in range(PAIRS):
         ref_logits, noise = np.random.default_rng(seed).standard_normal((2, 1 + V + V * V, V))
         logits = ref_logits + distance * noise
-        kls.append(kl_of(logits, ref_logits))
-        exact = exact_gradient(logits, ref_logits)
+        exact, rows = exact_gradient(logits, ref_logits), [*rows, [kl_of(logits, ref_logits)]]
         size = np.linalg.norm(exact)
-        for name in PLACES:
-            found = expected_gradient(logits, ref_logits, *name.split())
-            length = np.linalg.norm(found)
-            cosine = (found * exact).sum() / (length * size) if length > 1e-9 * size else 0.0
-            results[name].append((np.linalg.norm(found - exact) / size, cosine))
-    return np.median(kls), {n: np.median(x, axis=0) for n, x in results.items()}
+        for place in PLACES:
+            found = expected_gradient(logits, ref_logits, *place)
+            length = max(np.linalg.norm(found), 1e-9 * size)
+            rows[-1] += np.linalg.norm(found - exact) / size, (found * exact).sum() / length / size
+    kl, *figures = np.median(rows, axis=0) + 0.0
+    return kl, list(zip(figures[::2], figures[1::2]))
 
 
 def table():
     """The lines of README's table."""
-    lines = [["KL", *(place.replace(" ", " in the ") for place in PLACES)]]
+    lines = [["KL", *(f"{name} in the {place}" for name, place in PLACES)]]
     lines.append(["---"] * len(lines[0]))
     for distance in DISTANCES:
-        kl, results = compare(distance)
-        cells = [f"{error:.2f}, {cosine + 0.0:.2f}" for error, cosine in results.values()]
-        lines.append([f"{kl:.1g}" if kl < 1 else f"{kl:.1f}", *cells])
+        kl, figures = compare(distance)
+        pairs = [f"{loop.fixed(error)}, {loop.fixed(cosine)}" for error, cosine in figures]
+        lines.append([f"{kl:.1g}" if kl < 1 else f"{kl:.1f}", *pairs])
     return [f"| {' | '.join(line)} |" for line in lines]
 
 

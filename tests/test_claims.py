@@ -27,16 +27,14 @@ TRAININGS = {  # settings that differ from those of --preset letters
     "grpo, k1 in the loss": GRPO_IN_LOSS | {"kl_estimator": "k1"},
     "grpo, k2 in the loss": GRPO_IN_LOSS | {"kl_estimator": "k2"},
     "grpo, k3 in the loss": GRPO_IN_LOSS | {"kl_estimator": "k3"},
-    "the same at β 0.6": GRPO_IN_LOSS | {"kl_estimator": "k3", "beta": 0.6},
+    "grpo, k3 in the loss, β 0.6": GRPO_IN_LOSS | {"kl_estimator": "k3", "beta": 0.6},
     "dpo": {"method": "dpo"},
     "ppo, k2 in the reward": {"kl_estimator": "k2"},
     "ppo, k3 in the reward": {"kl_estimator": "k3"},
     "the human's rule": {"reward": "human", "beta": 0.0},
 }
 PRICES = {"0": "β 0", "0.05": "β 0.05", "0.2": "ppo", "1": "β 1"}
-OTHERS = {"0, the human's rule": "the human's rule"}
-METHODS = "ppo", "rloo", "grpo", "dpo"
-IN_LOSS = [name for name in TRAININGS if "loss" in name or "same" in name]
+METHODS = "reference ppo rloo grpo dpo".split() + [name for name in TRAININGS if "loss" in name]
 
 
 @functools.cache
@@ -91,13 +89,6 @@ def check_dpo(run):
     assert 0.5 < run["share"] < 0.9
 
 
-def check_human_rule(run):
-    """What the human likes, nearly as much as they can, and not only in words."""
-    assert run["human"] > 0.97
-    assert 0.4 < run["words"] < 0.95
-    assert run["verdict"] != "Reward hacking"
-
-
 def test_without_a_price_of_kl_the_human_is_lost_and_with_it_pleased():
     check_no_price(free := train("β 0", 0, 100))
     check_price(priced := train("ppo", 0, 100))
@@ -122,21 +113,20 @@ def many(request):
     runs = {n: {f: np.array([run[f] for run in row]) for f in row[0]} for n, row in rows.items()}
     print(f"\n\nseeds {request.param}\n\n", *prices(runs), "\n", *methods(runs), sep="\n")
     for name, run in runs.items():
-        ranges = [f"{f} {x.min():.2f} to {x.max():.2f}" for f, x in run.items() if x.dtype != "<U"]
+        ranges = [f"{f} {x.min():.2f} to {x.max():.2f}" for f, x in run.items() if x.dtype == float]
         print(name, *ranges, *sorted(set(run["verdict"])), sep="; ")
     return runs
 
 
 def medians(run, figures):
     """Medians over the seeds, as README shows them."""
-    values = {name: np.median(run[name]) for name in figures.split()}
-    digits = {"kl": 1 if values.get("kl", 0) > 10 else 2}
-    return [loop.fixed(value, digits.get(name, 2)) for name, value in values.items()]
+    values = [np.median(run[name]) for name in figures.split()]
+    return [loop.fixed(value, 1 if value > 100 else 2) for value in values]
 
 
 def prices(runs):
     """The rows of README's table of four betas."""
-    for beta, name in (PRICES | OTHERS).items():
+    for beta, name in (PRICES | {"0, the human's rule": "the human's rule"}).items():
         human = ", ".join(medians(runs[name], "start best human"))
         score, kl, words, share = medians(runs[name], "score kl words share")
         yield f"| {beta} | {score} | {kl} | {human} | {words} | {share} |"
@@ -144,7 +134,7 @@ def prices(runs):
 
 def methods(runs):
     """The rows of README's table of methods."""
-    for name in ["reference", *METHODS, *IN_LOSS]:
+    for name in METHODS:
         yield f"| {name} | {' | '.join(medians(runs[name], 'score kl human words share'))} |"
 
 
@@ -156,40 +146,21 @@ def test_the_medians_are_readmes(many):
             assert_same_figures(shown, row, atol=0.06, rtol=0.25)
 
 
-def seed_by_seed(run):
-    """The figures of one training, a dict for each seed."""
-    return [dict(zip(run, values)) for values in zip(*run.values())]
-
-
 @pytest.mark.claims
-def test_the_human_is_lost_without_a_price_and_kept_with_it_on_every_seed(many):
-    for run in seed_by_seed(many["β 0"]):
-        check_no_price(run)
-    for run in seed_by_seed(many["ppo"]):
-        check_price(run)
-
-
-@pytest.mark.claims
-def test_the_human_likes_the_presets_price_best(many):
+def test_on_every_seed_the_human_is_lost_without_a_price_and_likes_the_presets_best(many):
+    for check, name in (check_no_price, "β 0"), (check_price, "ppo"):
+        for figures in zip(*many[name].values()):
+            check(dict(zip(many[name], figures)))
     ends = [many[name]["human"] for name in PRICES.values()]
     assert {[*PRICES][best] for best in np.argmax(ends, axis=0)} == {"0.2"}
 
 
 @pytest.mark.claims
 @pytest.mark.parametrize("name", ["ppo", "rloo", "grpo"])
-def test_most_of_what_is_attainable_is_attained(many, name):
-    assert 0.9 <= np.median(many[name]["share"]) <= 1
-
-
-@pytest.mark.claims
-@pytest.mark.parametrize("name", ["rloo", "grpo"])
-def test_a_critic_is_worth_two_points_at_most(many, name):
-    assert abs((many["ppo"]["share"] - many[name]["share"]).mean()) < 0.03
-
-
-@pytest.mark.claims
-def test_the_clip_acts_on_more_than_one_token_in_two_hundred(many):
-    assert np.median(many["ppo"]["clipped"]) >= 0.005
+def test_most_of_what_is_attainable_is_attained_with_a_critic_and_without(many, name):
+    share = many[name]["share"]
+    assert 0.9 <= np.median(share) <= 1
+    assert abs((many["ppo"]["share"] - share).mean()) < 0.03
 
 
 @pytest.mark.claims
@@ -201,8 +172,10 @@ def test_dpo_learns_in_the_median_of_any_five_neighbouring_seeds(many):
 
 @pytest.mark.claims
 def test_the_humans_own_rule_is_hacked_on_no_seed(many):
-    for run in seed_by_seed(many["the human's rule"]):
-        check_human_rule(run)
+    run = many["the human's rule"]
+    assert run["human"].min() > 0.97
+    assert 0.4 < run["words"].min() < run["words"].max() < 0.95
+    assert "Reward hacking" not in run["verdict"]
 
 
 @pytest.mark.claims
@@ -213,7 +186,7 @@ def test_k1_in_the_loss_restrains_nothing_and_k2_does(many):
     assert np.median(k1["kl"]) > 0.5 * np.median(many["β 0"]["kl"])
     assert k2["words"].min() > k1["words"].max() + 0.1
     assert np.median(k2["words"]) > np.median(k3["words"])
-    assert np.median(many["the same at β 0.6"]["words"]) > 0.65
+    assert np.median(many["grpo, k3 in the loss, β 0.6"]["words"]) > 0.65
 
 
 @pytest.mark.claims
@@ -224,8 +197,8 @@ def test_other_estimators_in_the_reward_attain_less(many):
 
 
 @pytest.mark.claims
-@pytest.mark.parametrize("name, beta", [("ppo", 0.2), ("β 1", 1.0)])
-def test_the_errors_of_the_optimum_are_calibrated(name, beta):
+@pytest.mark.parametrize("beta", [0.2, 1.0])
+def test_the_errors_of_the_optimum_are_calibrated(beta):
     """Repeated with other random numbers, nine in ten lie within two errors of the mean."""
     config = loop.configure("letters", steps=STEPS, beta=beta)
     models = loop.prepare(config, stages_of(0))
@@ -233,5 +206,5 @@ def test_the_errors_of_the_optimum_are_calibrated(name, beta):
     found = [loop.theory(models, replace(config, seed=seed)) for seed in range(20)]
     for figure in ("J_star", "J", "share"):
         values, errors = (np.array([x[f] for x in found]) for f in (figure, f"{figure}_error"))
-        assert (abs(values - values.mean()) <= 2 * errors).mean() >= 0.9, (name, figure)
+        assert (abs(values - values.mean()) <= 2 * errors).mean() >= 0.9, figure
         assert values.std(ddof=1) > errors.mean() / 4, figure  # nor are they far too large
