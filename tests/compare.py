@@ -1,314 +1,72 @@
 """Your PPO functions beside ours on random inputs, and the smallest input on which they differ.
 
     python tests/compare.py my_ppo.py
+    python tests/compare.py my_ppo.py --only gae
     python tests/compare.py my_ppo.py --map gae=compute_advantages --map whiten=Trainer.whiten
 
-Each function of the table below that my_ppo.py defines, under our name or one given by --map, is
-called as ours is: the same arguments in the same order. They are NumPy arrays, or torch tensors if
-my_ppo.py imports torch; what yours refuses (a dtype, a mask of numbers, arrays in place of lists of
-rows) is tried in another way, and said. It returns arrays, tensors or lists in our order, or a dict
-with our names; the first results are enough. A torch loss without gradients is differentiated here.
+Each function of ours that my_ppo.py defines, under our name or one given by --map, is called as
+ours is: the same arguments in the same order. They are torch tensors if my_ppo.py imports torch,
+and NumPy arrays otherwise. What yours refuses (a dtype, a mask of floats, arrays) is tried in
+another way. Yours returns arrays, tensors or lists in our order, or a dict with our names; the
+first results are enough. A torch loss that comes without its gradients is differentiated here.
 
-Masks are 1s and then 0s; at padding stands 0 or any number. A known difference of convention is
-named, and counts as agreeing. What agrees is asked two more questions, which count with --strict:
-does NaN or infinity at padding reach its results, does it agree where the mask has holes? Exit
-code: 0 where all agree, 1 where one differs, 2 where nothing can be compared.
+A known difference of convention is named and counts as agreeing. A function that agrees is asked
+further questions, which count with --strict: NaN at padding, holes in the mask, zeros in front, a
+row without a real token. tests/README.md explains the verdicts and shows adapters.
+
+Exit code: 0 if all agree, 1 if one differs, 2 if nothing can be compared.
 """
 
 import argparse
 import inspect
+import io
 import itertools
 import math
 import runpy
 import sys
 import textwrap
-import traceback
+import time
 import warnings
-from copy import deepcopy
-from dataclasses import dataclass, replace
-from functools import cached_property, partial, reduce
+from contextlib import redirect_stdout, suppress
+from dataclasses import replace
+from functools import reduce
 from pathlib import Path
 from typing import NamedTuple
 
 try:
     import numpy as np
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn
+    from rich.text import Text
 
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     import rlhf_loop_pseudo as loop
-    from conventions import CLIPS, KNOWN, MISTAKES, SMALL, Convention, probe, reordered, scaled
-except (ModuleNotFoundError, SystemExit) as missing:
-    print(f"compare.py: {missing}", file=sys.stderr)
+    from compare_calls import COMPARED, OURS, TOLERANCE, Function, in_words, same
+    from compare_cases import BY_ROW, BY_TOKEN, CHOICES, Case, random_cases, smallest
+    from conventions import (
+        FAR,
+        KNOWN,
+        MASK_IGNORED,
+        PADDING_COUNTED,
+        PARTS,
+        PLAIN,
+        PROBED,
+        CannotTell,
+        Convention,
+        factor,
+        mistakes,
+    )
+except ModuleNotFoundError as missing:
+    package = missing.name.partition(".")[0]
+    print(f"compare.py needs {package}: python -m pip install {package}", file=sys.stderr)
     sys.exit(2)
 
 
-def logprobs(logits, labels):
-    return np.take_along_axis(loop.log_softmax(logits), labels[..., None], axis=-1)[..., 0]
-
-
-def clipped_value_loss(values, old_values, returns, mask, clip):
-    """The mean of the larger of two squared errors: the value's, and that of it clipped."""
-    clipped = values.clip(old_values - clip, old_values + clip)
-    worse = np.where(abs(values - returns) >= abs(clipped - returns), values, clipped)
-    loss, d_values = loop.value_loss(worse, returns, mask)
-    return loss, np.where(worse == values, d_values, 0)
-
-
-def two_updates(adam_step, params, gradients, next_gradients, learning_rate):
-    """adam_step changes its arguments and returns nothing: what two calls make of an array."""
-    weights, state = {"w": params + 0}, {}
-    adam_step(weights, {"w": gradients}, state, learning_rate)
-    adam_step(weights, {"w": next_gradients}, state, learning_rate)
-    return weights["w"]
-
-
-# What is compared: the kinds of our function's arguments (made in random_case), the names of its
-# results. "small" is "numbers" without the extreme ones, which cancel in gradients.
-COMPARED = {
-    "score_responses": ("reward_model prompts responses mask", "scores"),
-    "token_logprobs": ("actor prompts responses", "logprobs"),
-    "logprobs": ("logits responses", "logprobs"),
-    "kl_penalty": ("logprobs logprobs estimator", "kl"),
-    "shape_rewards": ("scores logprobs mask beta", "rewards"),
-    "critic_values": ("critic prompts responses", "values"),
-    "gae": ("numbers numbers mask discount discount", "advantages returns"),
-    "rloo_advantages": ("numbers mask group_size", "advantages"),
-    "grpo_advantages": ("numbers mask group_size", "advantages"),
-    "whiten": ("numbers mask", "whitened"),
-    "ppo_loss": ("logprobs logprobs numbers mask clip", "loss d_new_logprobs ratio"),
-    "value_loss": ("numbers numbers mask", "loss d_values"),
-    "clipped_value_loss": ("numbers numbers numbers mask clip", "loss d_values"),
-    "actor_gradients": ("actor prompts responses small small mask clip", "gradients loss ratio"),
-    "critic_gradients": ("critic prompts responses small mask", "gradients loss"),
-    "adam_step": ("numbers numbers numbers learning_rate", "params"),
-    "human_scores": ("prompts responses mask vocab_size", "scores"),
-    "preference_loss": ("scores scores", "loss d_chosen d_rejected"),
-    "reward_gradients": ("critic prompts responses pair_mask", "gradients loss"),
-}
-# What is no difference, as a share of the largest number in play: rounding, and an epsilon of 1e-8
-TOLERANCE = {"float64": 1e-7, "float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 LOOSE = 1e-3  # where a convention brings another epsilon
-REFUSED = "yours raises NotImplementedError"
+RIGHT, WRONG, QUESTION = "bold cyan", "bold red", "bold yellow"
+SMALL_ERROR = 0.01
 KINDS = ["numbers", "shape", "missing", "not finite", "raises"]  # the most instructive first
-
-FLOATS_BY_TOKEN = "numbers small logprobs".split()
-BY_TOKEN = [*FLOATS_BY_TOKEN, *"mask pair_mask responses logits".split()]
-BY_ROW = [*BY_TOKEN, "prompts", "scores"]
-SIMPLE = [0, 1, -1, 2, -2, 0.5]  # the simplest first
-ODD = [n / 1000 for n in range(-2999, 3000, 97)]
-EIGHTHS = [n / 8 for n in range(-24, 25)]  # half precision holds these exactly
-FAR = {"numbers": [1000, -1000], "scores": [1000, -1000], "logprobs": [-30], "head": [50, -50]}
-CHOICES = {
-    "estimator": ["k1", "k2", "k3"],
-    "beta": [1.0, 0.0, 0.1],
-    "discount": [1.0, 0.0, 0.9, 0.5, 0.97],
-    "clip": [0.2, 0.1, 0.3, 0.4],
-    "learning_rate": [1.0, 0.1],
-}
-
-
-class Way(NamedTuple):  # how yours wants its arguments
-    dtypes: tuple = ("float64", "float32")
-    mask: str | None = None  # a dtype of its own
-    rows: bool = False  # lists of rows in place of arrays
-    exact: bool = False  # only numbers that half precision holds
-
-
-@dataclass(frozen=True)
-class Case:
-    """The arguments of one call, in float64 (yours gets them in dtype), and their kinds."""
-
-    arguments: dict
-    kinds: dict
-    dtype: str
-
-    @cached_property
-    def real(self):
-        """Where real tokens are, (B, T) bool; all are where the function has no mask."""
-        return np.array(self.arguments.get("mask", [[1]])) > 0
-
-    def arrays(self):
-        """(argument, array), the parts of a model one by one."""
-        for name, x in self.arguments.items():
-            parts = x.values() if isinstance(x, dict) else [x]
-            yield from ((name, part) for part in parts if isinstance(part, np.ndarray))
-
-    @cached_property
-    def largest(self):
-        """The largest number, at least 1; what stands at padding does not count."""
-        return np.max([1, *(np.abs(x).max(initial=0) for _, x in self.at_padding(0).arrays())])
-
-    def but(self, **arguments):
-        return replace(self, arguments=self.arguments | arguments)
-
-    def named(self, kinds):
-        return {name: x for name, x in self.arguments.items() if self.kinds[name] in kinds}
-
-    def at_padding(self, junk):
-        """The case with junk, a number or an array, at padding."""
-        concerned = self.named(FLOATS_BY_TOKEN)
-        return self.but(**{name: np.where(self.real, x, junk) for name, x in concerned.items()})
-
-    def size(self, axis, kinds):
-        return max((x.shape[axis] for x in self.named(kinds).values()), default=0)
-
-    def simpler(self):
-        """Cases that are one step smaller or simpler, the largest steps first."""
-        if self.dtype == "float32":
-            yield replace(self, dtype="float64")
-        rows = np.arange(self.size(0, BY_ROW)).reshape(-1, self.arguments.get("group_size", 1))
-        if "pair_mask" in self.kinds.values():
-            rows = rows.reshape(2, -1).T
-        for axis, kinds in ((0, BY_ROW), (1, BY_TOKEN), (1, ["prompts"])):
-            concerned = self.named(kinds).items()
-            units = range(self.size(1, kinds)) if axis else rows
-            for unit in units if len(units) > 1 else ():
-                yield self.but(**{name: np.delete(x, unit, axis) for name, x in concerned})
-        for name, kind in self.kinds.items():
-            simpler = itertools.takewhile(self.arguments[name].__ne__, CHOICES.get(kind, []))
-            yield from (self.but(**{name: x}) for x in simpler)
-        for i, (name, array) in enumerate(self.arrays()):
-            for place, number in simpler_numbers(array, self.kinds[name]):
-                simpler = self.but(**deepcopy(self.arguments))
-                list(simpler.arrays())[i][1][place] = number
-                yield simpler
-
-    def complexity(self):
-        """What the smallest input has least of: numbers, padding, numbers that are not 0."""
-        arrays = [x for name, x in self.arrays() if name != "mask"]
-        numbers, padding = sum(x.size for x in arrays), np.count_nonzero(~self.real)
-        return self.size(0, BY_ROW), numbers, padding, sum(map(np.count_nonzero, arrays))
-
-    def valid(self):
-        """Whether real tokens are finite, and no padding stands before them."""
-        return np.isfinite(self.largest) and self.real[:, 0].all()
-
-    def facts(self):
-        """What all cases that differ may have in common, by what to say then."""
-        junk = not same(self.arguments, self.at_padding(0).arguments)
-        facts = {
-            "with 0 at padding they agree: yours reads what stands there": junk,
-            "without padding they agree: yours counts it in": not self.real.all(),
-            "with up to five tokens they agree": self.size(1, BY_TOKEN) > 5,
-            "in float64 they agree": self.dtype != "float64",
-            "with numbers below 30 they agree": self.largest >= 30,
-        }
-        for name, kind in self.kinds.items():
-            value, options = self.arguments[name], CHOICES.get(kind, [])
-            facts |= {f"unless {name} is {x} they agree": value == x for x in options}
-            facts |= {f"where {name} is {x} they agree": value != x for x in options[:1]}
-        return facts
-
-
-def simpler_numbers(array, kind):
-    """(place, simpler number); first of all 0 everywhere."""
-    if array.any() and not kind.endswith("mask"):
-        yield ..., 0
-    for place in np.ndindex(array.shape):
-        value = array[place]
-        pool = [-abs(x) for x in SIMPLE] if kind == "logprobs" else SIMPLE
-        pool = [1] if kind.endswith("mask") else range(value) if array.dtype.kind == "i" else pool
-        others = [np.nan] if np.isinf(value) else [np.round(value)] * bool(np.isfinite(value))
-        yield from ((place, x) for x in itertools.takewhile(value.__ne__, [*pool, *others]))
-
-
-def random_case(rng, kinds, way):
-    """Few rows, few tokens; extreme numbers in one case of three, long rows in one of ten."""
-    length = int(rng.integers(6, 13) if rng.random() < 0.1 else rng.integers(1, 6))
-    group_size = int(rng.integers(2, 4)) if "group_size" in kinds else 1
-    rows = group_size * int(rng.integers(1, 4)) * (2 if "pair_mask" in kinds.values() else 1)
-    end = 26 if "vocab_size" in kinds else int(rng.integers(1, 4))  # the last token; 26: letters
-    width, prompt_length = rng.integers(1, 3, 2)
-    ends = rng.integers(0 if rng.random() < 0.7 else length, length + 1, (rows, 1))
-    mask, ended = 1.0 * (np.arange(length) <= ends), np.arange(length) == ends
-    junk = 0 if rng.random() < 0.5 and "mask" in kinds else 1
-    extreme = rng.random() < 1 / 3 and not way.exact
-    level = rng.random() < 0.1  # a group without spread is nothing rare
-
-    def numbers(kind, *shape):
-        pool = SIMPLE * 4 + (EIGHTHS if way.exact else ODD) + FAR.get(kind, []) * 15 * extreme
-        x = np.full(shape, rng.choice(pool)) if level else rng.choice(np.array(pool), shape)
-        return -abs(x) if kind == "logprobs" else x
-
-    def model(outputs, **more):
-        shapes = {"embed": (end + 1, width), "mix": (width, width), "head": (width, outputs)}
-        return {name: numbers(name, *shape) for name, shape in (shapes | more).items()}
-
-    make = {
-        "mask": lambda: mask,
-        "pair_mask": lambda: mask,
-        "scores": lambda: numbers("scores", rows),
-        "prompts": lambda: rng.integers(0, end, (rows, prompt_length)),
-        "responses": lambda: np.where(ended, end, rng.integers(0, end, (rows, length))),
-        "logits": lambda: numbers("numbers", rows, length, end + 1),
-        "actor": lambda: model(end + 1),
-        "critic": lambda: model(1),
-        "reward_model": lambda: model(1, bias=(1,)),
-        "group_size": lambda: group_size,
-        "vocab_size": lambda: end + 1,
-    }
-
-    def argument(kind):
-        if kind in FLOATS_BY_TOKEN:
-            return numbers(kind, rows, length) * np.where(mask, 1, junk) + 0.0
-        options = CHOICES.get(kind)
-        return options[rng.integers(len(options))] if options else make[kind]()
-
-    arguments = {name: argument(kind) for name, kind in kinds.items()}
-    return Case(arguments, kinds, way.dtypes[rng.integers(len(way.dtypes))])
-
-
-class Answer(NamedTuple):
-    found: dict  # what yours returned, by name and in float64
-    dtype: str = "float64"  # the coarsest in play
-    problem: str = ""  # REFUSED for NotImplementedError
-
-
-def hand_over(case, way):
-    """What yours gets in place of our arguments, by name: always copies."""
-    torch = sys.modules.get("torch")
-
-    def convert(x, kind):
-        if isinstance(x, dict):
-            return {key: convert(part, kind) for key, part in x.items()}
-        if not isinstance(x, np.ndarray):
-            return x
-        dtype = "int64" if x.dtype.kind == "i" else case.dtype
-        dtype = way.mask if way.mask and kind.endswith("mask") else dtype
-        return torch.tensor(x).to(getattr(torch, dtype)) if torch else x.astype(dtype)
-
-    return {name: convert(x, case.kinds[name]) for name, x in case.arguments.items()}
-
-
-def flat(results):
-    """{name: result}, the parts of a dict as 'gradients["mix"]'; without None and text."""
-    found = {}
-    for name, x in results.items():
-        if isinstance(x, dict):
-            found |= flat({f'{name}["{key}"]': part for key, part in x.items()})
-        elif x is not None and not isinstance(x, str):
-            found[name] = x
-    return found
-
-
-def as_array(x):
-    """A result in float64: a number, an array, a tensor, or a list of rows, ragged or not."""
-    if isinstance(x, list | tuple):
-        rows = [as_array(row) for row in x]
-        longest = max((row.size for row in rows if row.ndim == 1), default=0)
-        return np.array([np.pad(x, (0, longest - len(x))) if x.ndim == 1 else x for x in rows])
-    if hasattr(x, "detach"):
-        x = x.detach().cpu().double().numpy()  # NumPy has no bfloat16
-    return np.asarray(x).astype(float)
-
-
-def same(a, b):
-    """Whether the arrays of two dicts are equal."""
-    a, b = ({name: as_array(x) for name, x in flat(each).items()} for each in (a, b))
-    return a.keys() == b.keys() and all(np.array_equal(a[x], b[x], equal_nan=True) for x in a)
-
-
-def last_line(problem):
-    return traceback.format_exception_only(problem)[-1].strip()
+NOT_FINITE = KINDS.index("not finite")
 
 
 class Outcome(NamedTuple):  # how an answer of yours compares with ours
@@ -320,11 +78,22 @@ class Outcome(NamedTuple):  # how an answer of yours compares with ours
     told: bool = True  # False where ours cannot tell what is right
 
 
+class Example(NamedTuple):  # a smallest input, and what is said of it
+    title: str
+    case: Case
+    columns: dict  # results by name, under the heading of their column
+    remarks: list
+
+
+# ------------------------------------------------------------------ one answer
+
+
 def compare(case, expected, answer, tolerance):
     """Compare an answer with what ours expects, None where it cannot tell."""
     found, real = answer.found, case.real
     if answer.problem:
-        return Outcome("raises", answer.problem)
+        told = expected is not None or real.sum() > 1  # one token has no variance: it may raise
+        return Outcome("raises" if told else "", answer.problem, told=told)
     if expected is None:  # nothing varies: any finite number will do, and for one token anything
         bad = [x for x, y in found.items() if y.shape == real.shape and np.isnan(y[real]).any()]
         if bad and real.sum() > 1:
@@ -365,271 +134,405 @@ def agree(outcomes):
     return told >= len(outcomes) / 10 and not any(outcome.kind for outcome in outcomes)
 
 
+# ------------------------------------------------------------------ masks that come from elsewhere
+
+
+def one_block(mask):
+    """Whether each row's real tokens stand side by side."""
+    starts = np.diff(mask > 0, axis=1, prepend=False) & (mask > 0)
+    return (starts.sum(axis=1) <= 1).all()
+
+
+def usual_mask(case):
+    return case.real[:, 0].all() and one_block(case.real)
+
+
+def holed(rng, mask):
+    mask = 1.0 * (rng.random(mask.shape) < 0.6)
+    mask[:, 0] = 1
+    return mask
+
+
+def begun_late(rng, mask):
+    length = mask.shape[1]
+    starts = rng.integers(0, length, (len(mask), 1))
+    ends = np.maximum(starts + 1, rng.integers(1, length + 1, (len(mask), 1)))
+    return 1.0 * (np.arange(length) >= starts) * (np.arange(length) < ends)
+
+
+def empty_rows(rng, mask):
+    stays = rng.integers(len(mask))
+    empty = (rng.random(len(mask)) < 0.5) & (np.arange(len(mask)) != stays)
+    return np.where(empty[:, None], 0, mask)
+
+
+QUESTIONS = [  # of a function that agrees: the title, another mask, and which masks to keep to
+    ("where the mask has a hole, {}", holed, lambda case: case.real[:, 0].all()),
+    (
+        "with zeros in front (a prompt, left padding), {}",
+        begun_late,
+        lambda case: case.real.any(axis=1).all() and one_block(case.real),
+    ),
+    (
+        "where a row has no real token, {}",
+        empty_rows,
+        lambda case: case.real.any() and one_block(case.real),
+    ),
+]
+
+
+# ------------------------------------------------------------------ one function
+
+
 class Comparison:
-    def __init__(self, name, yours):
-        both = globals().get(name) or getattr(loop, name), yours
-        twice = (partial(two_updates, x) for x in both)
-        self.ours, self.yours = twice if name == "adam_step" else both
-        kinds, results = (words.split() for words in COMPARED[name])
-        self.name, self.results = name, results
-        self.kinds = dict(zip(inspect.signature(self.ours).parameters, kinds))
-        self.way, self.agrees = Way(), None  # None: nothing could be compared
-        self.notes, self.examples, self.overwritten = [], [], set()
+    def __init__(self, function):
+        self.function, self.name = function, function.name
+        self.agrees = None  # None: nothing could be compared
+        self.notes, self.questions, self.examples = [], [], []
 
-    def cases(self, count):
-        rng = np.random.default_rng(0)
-        return [random_case(rng, self.kinds, self.way) for _ in range(count)]
+    def ask_all(self, cases):
+        return [(case, self.function.ask(case)) for case in cases]
 
-    def by_name(self, answer):
-        """Results by name, all of a dict's parts: they come in our order, or with our names."""
-        if isinstance(answer, dict) and set(self.results) & set(answer):
-            return flat({name: answer.get(name) for name in self.results})
-        return flat(dict(zip(self.results, answer if isinstance(answer, tuple) else [answer])))
-
-    def call(self, given):
-        """Call yours. Returns its results by name, with the gradients that it left to autograd."""
-        wanted = [name for name in given if f"d_{name}" in self.results]
-        leaves = {x: given[x].requires_grad_() for x in wanted if hasattr(given[x], "grad")}
-        for name, leaf in leaves.items():
-            given[name] = leaf.clone()  # yours may overwrite it, which a leaf does not allow
-            given[name].retain_grad()
-        rows = [name for name in given if self.way.rows and self.kinds[name] in BY_TOKEN]
-        results = self.by_name(self.yours(*(list(x) if y in rows else x for y, x in given.items())))
-        leaves = {name: leaf for name, leaf in leaves.items() if f"d_{name}" not in results}
-        backward = all(leaf.grad is None for leaf in leaves.values())  # yours did not do it
-        if leaves and backward and getattr(results.get("loss"), "requires_grad", False):
-            results["loss"].backward()
-        for name, leaf in leaves.items():
-            results[f"d_{name}"] = 0 * leaf.detach() if leaf.grad is None else leaf.grad
-        return results
-
-    def ask(self, case):
-        given, before = hand_over(case, self.way), hand_over(case, self.way)
+    def outcome(self, conventions, case, answer, coarse=False):
         try:
-            results = self.call(given)
-            found = {name: as_array(x) for name, x in results.items()}
-        except NotImplementedError:
-            return Answer({}, problem=REFUSED)
-        except (Exception, SystemExit) as problem:
-            return Answer({}, problem=f"yours raises {last_line(problem)}")
-        advantages = found.get("advantages", np.zeros(0))
-        if "group_size" in self.kinds and advantages.size == len(case.real):  # one a response
-            found["advantages"] = advantages.reshape(-1, 1) * case.real
-        firsts = [x[0] if isinstance(x, list) and x else x for x in results.values()]
-        dtypes = [str(getattr(x, "dtype", "")).removeprefix("torch.") for x in firsts]
-        dtypes = [case.dtype, *(dtype for dtype in dtypes if dtype in TOLERANCE)]
-        self.overwritten |= {x for x in given if not same({"": given[x]}, {"": before[x]})}
-        return Answer(found, max(dtypes, key=list(TOLERANCE).index))
+            expected = self.function.expect(conventions, case)
+        except CannotTell:
+            expected = None
+        except ValueError:  # ours refuses it, so there is nothing to compare
+            return Outcome(told=False)
+        loose = LOOSE if any(one.loose for one in conventions) else 0
+        tolerance = max(loose, TOLERANCE["float32"] if coarse else 0)
+        return compare(case, expected, answer, tolerance)
 
-    def find_way(self):
-        """Find the first way that yours takes, and note what it refuses of the ways before."""
-        dtypes = [Way().dtypes, ("float32",), ("float64",), ("float16",)]
-        dtypes += [("bfloat16",)] * ("torch" in sys.modules)
-        reason = ""
-        for way in itertools.product(dtypes, [None, "bool", "int64"], [False, True]):
-            self.way = Way(*way)
-            answers = [self.ask(case) for case in self.cases(8)]
-            problems = [x.problem for x in answers if x.problem not in ("", REFUSED)]
-            if not problems:
-                break
-            reason = reason or problems[0].removeprefix("yours raises ")
-        self.way = Way() if problems else self.way
-        refused = [dtype for dtype in Way().dtypes if dtype not in self.way.dtypes]
-        refused += [f"a mask of floats (it takes {self.way.mask})"] * bool(self.way.mask)
-        refused += ["arrays (it takes lists of rows)"] * self.way.rows
-        self.notes += [f"yours refuses {' and '.join(refused)}: {reason}"] * bool(refused)
-        self.way = self.way._replace(exact=any("float16" in answer.dtype for answer in answers))
+    def outcomes(self, conventions, pairs, coarse=False):
+        return [self.outcome(conventions, *pair, coarse) for pair in pairs]
 
-    def expect(self, conventions, case):
-        """What ours returns with these conventions, the first innermost; None if it cannot tell."""
-
-        def ours(given):
-            results = self.by_name(self.ours(*given.values()))
-            return {name: np.asarray(x) for name, x in results.items()}
-
-        for one in conventions:
-            ours = partial(one.change, ours)
-        return ours(case.arguments)
-
-    def compare_all(self, conventions, pairs):
-        loose = LOOSE * any("deviations" in one.words for one in conventions)
-        return [compare(x, self.expect(conventions, x), answer, loose) for x, answer in pairs]
-
-    def clips(self):
-        """The clips that yours shows when asked for numbers far beyond any limit."""
-        for words, estimator, change, usual in CLIPS.get(self.name, []):
-            far = []
-            for given in (probe(-1000, estimator), probe(1000, estimator)):
-                given = {name: given[name] for name in self.kinds}
-                found = self.ask(Case(given, self.kinds, self.way.dtypes[0])).found
-                far.append(np.append(found.get(self.results[0], []), np.nan)[0])
-            low, high = np.round(np.log(np.abs(far)) if self.name == "ppo_loss" else far, 4)
-            low = -low if low == high else low  # k3 is positive on both sides
-            if min(abs(low), abs(high)) < 900:
-                limits = f"+-{high:g}" if low == -high else f"[{low:g}, {high:g}]"
-                who = f", as in {usual}" if usual and limits == "+-10" else ""
-                change = partial(change, limits=(low, high))
-                yield Convention(f"{words} clipped to {limits}{who}", change)
-
-    def constant_factor(self, conventions, pairs):
-        """The factor by which most losses differ, as a convention in a list, or an empty list."""
-        factors = {}
-        for case, answer in pairs:
-            loss, expected = answer.found.get("loss"), self.expect(conventions, case)["loss"]
-            if np.shape(loss) == () and loss and abs(expected) > 1e-3:
-                factors.setdefault(f"{loss / expected:.4g}", []).append(loss / expected)
-        words, alike = max(factors.items(), key=lambda x: len(x[1]), default=("1", []))
-        if words == "1" or not 0 < float(words) < math.inf or len(alike) < len(pairs) / 10:
-            return []
-        factor = np.median(alike)
-        usual = words == "0.5" and self.name.endswith("value_loss")
-        words = f"the factor {words}" + ", as in TRL, OpenRLHF and verl" * usual
-        return [Convention(words, partial(scaled, factor=factor))]
+    def explains(self, conventions, pairs):
+        """Whether all pairs agree with these conventions."""
+        outcomes = []
+        for pair in pairs:
+            outcomes.append(self.outcome(conventions, *pair))
+            if outcomes[-1].kind:
+                return False
+        return agree(outcomes)
 
     def combinations(self, pairs):
-        """No convention, one, or two, the first inside the second."""
-        fixed = KNOWN.get(self.name, [])
-        known = [Convention(words, partial(x, **how)) for words, x, how in fixed] + [*self.clips()]
-        options = [(), *((one,) for one in known), *itertools.combinations(known, 2)]
-        if "loss" in self.results:
-            for few in options[: len(known) + 1]:
-                options += [(*few, one) for one in self.constant_factor(few, pairs)]
-        return sorted(options, key=len)
+        """Conventions that may hold together: few of those known, with all that yours shows."""
+        known = KNOWN.get(self.name, [])
+        shown = list(PROBED[self.name](self.function.probe)) if self.name in PROBED else []
+        chosen = [(), *((one,) for one in known), *itertools.combinations(known, 2)]
+        subsets = [some for n in range(len(shown) + 1) for some in itertools.combinations(shown, n)]
+        found = []
+        for conventions in (some + few for some in subsets for few in chosen):
+            parts = [one.part for one in conventions]
+            if len({*parts}) == len(parts):
+                found.append(tuple(sorted(conventions, key=lambda one: PARTS.index(one.part))))
+        if self.name in PLAIN:
+            for conventions in found.copy():
+                found += [(*conventions, one) for one in self.factors(conventions, pairs)]
+        return sorted(found, key=len)
+
+    def factors(self, conventions, pairs):
+        """[the factor between the losses], by the first input on which ours can tell."""
+        plain = self.function.plain_case(**PLAIN[self.name])
+        without_padding = [pair for pair in pairs[:20] if pair[0].real.all()]
+        for case, answer in [(plain, self.function.ask(plain)), *without_padding]:
+            loss = answer.found.get("loss", np.zeros(1))
+            if np.shape(loss) != ():
+                return []
+            with suppress(CannotTell):
+                expected = self.function.expect(conventions, case)["loss"]
+                return factor(loss, expected, self.name, conventions)
+        return []
 
     def nearest(self, pairs):
         """The conventions that agree on most cases; each has to earn its place."""
-        few, costs = pairs[:80], {}
-        for conventions in self.combinations(few):
-            outcomes = self.compare_all(conventions, few)
-            if agree(outcomes) and agree(outcomes := self.compare_all(conventions, pairs)):
-                return conventions, outcomes
-            price = sum(-0.1 if one.words == SMALL else len(few) / 20 for one in conventions)
-            costs[conventions] = sum(bool(outcome.kind) for outcome in outcomes) + price
-        best = min(costs, key=costs.get)
-        return best, self.compare_all(best, pairs)
+        few = pairs[:40]
+        combinations = self.combinations(pairs)
+        for conventions in combinations:
+            if self.explains(conventions, pairs):
+                return conventions
+        best, least = (), math.inf
+        for conventions in combinations:
+            cost = sum(-0.1 if one.only_leaves_out else 2 for one in conventions)
+            for pair in few:
+                cost += bool(self.outcome(conventions, *pair).kind)
+                if cost >= least:
+                    break
+            else:
+                best, least = conventions, cost
+        return best
 
     def named_mistake(self, conventions, pairs):
-        """What explains all differences, in words, and the conventions that are beside it."""
-        names = {*self.kinds, *self.results}
-        known = [Convention(words, change) for needs, words, change in MISTAKES if needs <= names]
-        for order in list(itertools.permutations(self.results))[1:] * ("gradients" not in names):
-            words = f"they agree if you return {', '.join(order)}: swapped?"
-            known.append(Convention(words, partial(reordered, order=order)))
-        for mistake, some in itertools.product(known, ((), conventions)):
-            if agree(self.compare_all((*some, mistake), pairs)):
-                return [mistake.words], some
+        """What explains all differences, in a list of words, and the conventions beside it."""
+        function = self.function
+        known = list(mistakes(self.name, function.kinds, function.results))
+        for some in dict.fromkeys([(), conventions]):
+            for words, change in known:
+                if self.explains((*some, Convention(words, change, "mistake")), pairs):
+                    if words == PADDING_COUNTED and self.ignores("mask", pairs):
+                        words = MASK_IGNORED
+                    return [words], some
         return [], conventions
 
-    def add_example(self, title, conventions, pairs, outcomes, remarks):
-        """Keep the smallest input on which they differ."""
+    def ignores(self, name, pairs):
+        """Whether other values of an argument change nothing in yours, but something in ours."""
+        ours_changes = False
+        for case, answer in pairs[:40]:
+            value = case.arguments[name]
+            options = CHOICES.get(self.function.kinds[name], [])
+            others = [x for x in options if x != value][:2] if options else [np.ones_like(value)]
+            for other in others:
+                changed = case.but(**{name: other})
+                if not same(self.function.ask(changed).found, answer.found):
+                    return False
+                ours = (self.function.expect((), x) for x in (case, changed))
+                ours_changes = ours_changes or not same(*ours)
+        return ours_changes
+
+    def smallest_example(self, title, conventions, pairs, fits_mask, coarse=False):
+        """The smallest input of those that differ, as an example."""
+        worst = max(x.error for x in self.outcomes(conventions, pairs, coarse) if x.kind)
+
+        def rank(outcome):
+            small = outcome.kind == "numbers" and outcome.error < min(worst, SMALL_ERROR)
+            return small, KINDS.index(outcome.kind)
 
         def fits(case):
-            valid = case.valid() and case.dtype in self.way.dtypes
-            return valid and self.compare_all(conventions, [(case, self.ask(case))])[0].kind == kind
+            if not (np.isfinite(case.largest) and fits_mask(case)):
+                return False
+            if case.dtype not in self.function.way.dtypes:
+                return False
+            outcome = self.outcome(conventions, case, self.function.ask(case), coarse)
+            return bool(outcome.kind) and rank(outcome) == kind
 
-        def shrink(case):
-            smaller = next(filter(fits, case.simpler()), None)
-            return shrink(smaller) if smaller else case
-
-        differing = [(case, x.kind) for (case, _), x in zip(pairs, outcomes) if x.kind]
-        differing.sort(key=lambda x: (KINDS.index(x[1]), x[0].largest > 10, x[0].complexity()))
-        kind = differing[0][1]
-        found = [shrink(case) for case, other in differing[:3] if other == kind]
+        differing = [(case, self.outcome(conventions, case, x, coarse)) for case, x in pairs]
+        differing = [(rank(x), case) for case, x in differing if x.kind]
+        differing.sort(key=lambda x: (x[0], x[1].largest > 10, x[1].complexity()))
+        kind = differing[0][0]
+        several = 1 if differing[0][1].size(1, BY_TOKEN) > 20 else 2  # long rows take long
+        found = [smallest(case, fits) for other, case in differing[:several] if other == kind]
         case = min(found, key=Case.complexity)
-        (outcome,) = self.compare_all(conventions, [(case, self.ask(case))])
-        title = title.format(outcome.part or "answer")
-        self.examples.append((title, case, conventions, [outcome.words, *remarks]))
+        answer = self.function.ask(case)
+        outcome = self.outcome(conventions, case, answer, coarse)
+        try:
+            expected = self.function.expect(conventions, case)
+        except CannotTell:
+            conventions, expected = (), self.function.expect((), case)
+        changed = any(not one.only_leaves_out for one in conventions)
+        columns = {"ours, with that" if changed else "ours": expected, "yours": answer.found}
+        part = outcome.part or "the answer"
+        words = f"your {part} is not finite" if kind[1] == NOT_FINITE else f"they differ in {part}"
+        title = title.format(words, part=part)
+        return Example(f"{self.name}: {title}:", case, columns, [outcome.words])
 
     def judge(self, count):
         """Compare on so many inputs. Returns the verdict; sets agrees, notes and examples."""
-        self.find_way()
-        asked = [(case, self.ask(case)) for case in self.cases(count)]
-        pairs = [pair for pair in asked if pair[1].problem != REFUSED]
-        if not pairs:
-            return f"not compared: {REFUSED}"
+        function = self.function
+        self.notes += function.find_way()
+        cases = random_cases(function.kinds, function.way.dtypes, function.exact(), count)
+        pairs = self.ask_all(cases)
+        if function.problems:
+            return self.judge_nothing(pairs)
+        pairs = self.leave_out_unknown_settings(pairs)
         self.agrees = False
-        if any(not same(self.ask(case).found, answer.found) for case, answer in pairs[29::-1]):
+        if any(not same(function.ask(case).found, answer.found) for case, answer in pairs[29::-1]):
             return "DIFFERS from one call to the next, on the same input"
-        conventions, outcomes = self.nearest(pairs)
+        conventions = self.nearest(pairs)
+        coarse = not agree(self.outcomes(conventions, pairs))
+        outcomes = self.outcomes(conventions, pairs, coarse)
         self.agrees = agree(outcomes)
         self.add_notes(pairs, outcomes)
-        if self.agrees:
-            self.ask_more(conventions, [case for case, _ in pairs])
-            words = "; and ".join(one.words for one in conventions)
-            return "agrees" + f", but for: {words}" * bool(words) + f" ({reach(pairs, outcomes)})"
-        mistake, conventions = self.named_mistake(conventions, pairs)
-        outcomes = self.compare_all(conventions, pairs)
-        apart = "; and ".join(one.words for one in conventions if one.words != SMALL)
-        title = f"apart from {apart}, they still differ here" if apart else "they differ here"
-        self.add_example(title, conventions, pairs, outcomes, mistake or peculiar(pairs, outcomes))
+        if not self.agrees:
+            self.add_difference(conventions, pairs)
+            return "DIFFERS"
+        if coarse:
+            self.notes.append("in float64 they agree only as closely as in float32")
+        self.ask_more(conventions, [case for case, _ in pairs], coarse)
+        words = "; and ".join(one.words for one in conventions)
+        return "agrees" + f", but for: {words}" * bool(words) + f" ({reach(pairs, outcomes)})"
+
+    def judge_nothing(self, pairs):
+        """The verdict on a function that raises on every input."""
+        problems = self.function.problems
+        if all("NotImplementedError" in problem for problem in problems.values()):
+            return "not compared: yours raises NotImplementedError"
+        self.agrees = False
+        example = self.smallest_example("no input works", (), pairs[:3], usual_mask)
+        by_problem = {}
+        for dtype, problem in problems.items():
+            by_problem.setdefault(problem, []).append(dtype)
+        remarks = [f"in {', '.join(dtypes)} {words}" for words, dtypes in by_problem.items()]
+        if len(by_problem) == 1:
+            remarks = [f"{problem}, in every dtype" for problem in by_problem]
+        if any("argument" in problem for problem in by_problem):
+            remarks.append(f"it is called as {self.name}({', '.join(self.function.kinds)})")
+        self.examples.append(example._replace(remarks=remarks))
         return "DIFFERS"
 
-    def ask_more(self, conventions, cases):
-        """Ask of a function that agrees what counts with --strict only."""
-        rng = np.random.default_rng(0)
-        junk, holed = [], []
-        for case in [x for x in cases if not x.real.all()][:100]:
-            junk.append(case.at_padding(rng.choice([np.nan, np.inf, -np.inf], case.real.shape)))
-            mask = 1.0 * (rng.random(case.real.shape) < 0.6)
-            mask[:, 0] = 1
-            holed.append(case.but(mask=mask))
-        for title, changed in (
-            ("NaN or infinity at padding reaches your {}", junk),
-            ("where the mask has a hole, they differ in {}", holed),
-        ):
-            pairs = [(case, self.ask(case)) for case in changed]
-            outcomes = self.compare_all(conventions, pairs)
-            if any(outcome.kind for outcome in outcomes):
-                self.add_example(title, conventions, pairs, outcomes, [])
-                self.notes.append(self.examples[-1][0])
+    def leave_out_unknown_settings(self, pairs):
+        """The pairs without those for which yours has no such setting."""
+        for name, kind in self.function.kinds.items():
+            problems = {}
+            for setting in CHOICES.get(kind, []):
+                answers = [x for case, x in pairs if case.arguments[name] == setting]
+                if answers and all(answer.not_there for answer in answers):
+                    problems[setting] = answers[0].problem
+            if problems and len(problems) < len(CHOICES[kind]):
+                pairs = [pair for pair in pairs if pair[0].arguments[name] not in problems]
+                words = f"{name} {', '.join(map(str, problems))}: not there in yours, which raises"
+                problem = next(iter(problems.values())).removeprefix("yours raises ")
+                self.notes.append(f"{words} {problem}")
+        return [pair for pair in pairs if "NotImplementedError" not in pair[1].problem]
 
     def add_notes(self, pairs, outcomes):
-        """Note what is not there in yours, not compared, overwritten, or left at padding."""
-        for name, kind in self.kinds.items():
-            there = [case.arguments[name] for case, _ in pairs]
-            missing = [str(x) for x in CHOICES.get(kind, []) if x not in there]
-            self.notes += [f"{name} {', '.join(missing)}: not there in yours"] * bool(missing)
-        found = " ".join(pairs[0][1].found)
-        missing = [part for part in self.results if part not in found]
-        self.notes += [f"not compared: {', '.join(missing)}"] * bool(missing and found)
-        names = ", ".join(sorted(self.overwritten))
-        self.notes += [f"yours overwrites its argument {names}"] * bool(names)
-        self.notes += ["at padding yours is not 0"] * any(x.padding for x in outcomes)
+        """Note what is not compared, overwritten, left at padding, or raised on one token."""
+        found = " ".join(name for _, answer in pairs for name in answer.found)
+        missing = [part for part in self.function.results if part not in found]
+        if missing and found:
+            self.notes.append(f"not compared: {', '.join(missing)}")
+        if self.function.overwritten:
+            names = ", ".join(sorted(self.function.overwritten))
+            self.notes.append(f"yours overwrites its argument {names}")
+        if any(outcome.padding for outcome in outcomes):
+            self.notes.append("at padding yours is not 0")
+        raised = [outcome.words for outcome in outcomes if not outcome.told and outcome.words]
+        if raised and not any(outcome.kind for outcome in outcomes):
+            self.notes.append(f"on a single token {raised[0]}")
 
-    def show(self, title, case, conventions, remarks):
-        """Print a smallest input, what both make of it side by side, and the remarks."""
-        say(f"{self.name}: {title}:", 0, 2)
-        for name, x in case.arguments.items():
-            dtype = self.way.mask if self.way.mask and name == "mask" else case.dtype
-            say(f"{name} = {literal(x, dtype)}", 4, 8)
-        both = self.expect(conventions, case) or self.expect((), case), self.ask(case).found
-        parts = [part for part in both[0] if part in both[1]]
-        label = max(map(len, parts), default=0) + 2
-        width = 35 - label // 2
-        changed = any(one.words != SMALL for one in conventions)
-        rows = [("", "ours, with that" if changed else "ours", "yours")] * bool(parts)
-        for part in parts:
-            rows.append((part, *(np.array2string(x[part] + 0.0, width, 4, True) for x in both)))
-        middle = max((len(line) for _, ours, _ in rows for line in ours.splitlines()), default=0)
-        print()
-        for row in rows:
-            for name, left, right in itertools.zip_longest(*map(str.splitlines, row), fillvalue=""):
-                print(f"    {name:<{label}}{left:<{middle + 3}}{right}".rstrip())
-        print()
-        for remark in remarks:
-            say(remark, 4, 6)
+    def add_difference(self, conventions, pairs):
+        """Show the smallest input on which they differ, and what explains it."""
+        plain = sum(bool(outcome.kind) for outcome in self.outcomes((), pairs))
+        left = sum(bool(outcome.kind) for outcome in self.outcomes(conventions, pairs))
+        if left > plain / 2:  # they do not explain enough to be named
+            conventions = tuple(one for one in conventions if one.only_leaves_out)
+        remarks, conventions = self.named_mistake(conventions, pairs)
+        apart = "; and ".join(one.words for one in conventions if not one.only_leaves_out)
+        title = f"apart from {apart}, they still differ here" if apart else "they differ here"
+        example = self.smallest_example(title, conventions, pairs, usual_mask)
+        remarks = remarks or self.confirmed_facts(conventions, pairs, example.case)
+        self.examples.append(example._replace(remarks=[*example.remarks, *remarks]))
+
+    def confirmed_facts(self, conventions, pairs, case):
+        """What the differing inputs have in common, where one more call confirms it."""
+
+        def agrees_on(changed):
+            outcome = self.outcome(conventions, changed, self.function.ask(changed))
+            return not outcome.kind
+
+        outcomes = self.outcomes(conventions, pairs)
+        told = [(pair[0], x.kind) for pair, x in zip(pairs, outcomes) if x.told]
+        sentences = []
+        for sentence, holds, mended in facts(case):
+            others = [kind for other, kind in told if not holds(other)]
+            if holds(case) and len(others) >= 10 and not any(others) and agrees_on(mended):
+                sentences.append(sentence)
+        for name, kind in self.function.kinds.items():
+            if kind in CHOICES and self.ignores(name, pairs):
+                sentences.insert(0, f"yours does not depend on {name}")
+        if self.name == "whiten" and nearly_level(case):
+            centered = np.where(case.real, case.arguments["x"] - case.arguments["x"].mean(), 0)
+            if agrees_on(case.but(x=centered)):
+                words = "equal or nearly equal values lose their digits: with their mean"
+                sentences.append(f"{words} subtracted beforehand they agree")
+        worst = max(x.error if x.kind == "numbers" else 1 for x in outcomes if x.kind)
+        if worst < SMALL_ERROR:
+            sentences.append("all differences are below 1 %: is half precision used inside?")
+        return sentences[:2]
+
+    def ask_more(self, conventions, cases, coarse):
+        """Ask of a function that agrees what counts with --strict only."""
+        rng = np.random.default_rng(0)
+        if "mask" not in self.function.kinds:
+            return
+        cases = [case for case in cases if case.size(1, BY_TOKEN) < 20][: len(cases) // 2]
+        padded = [case for case in cases if not case.real.all()]
+        junk = [x.at_padding(rng.choice([np.nan, np.inf, -np.inf], x.real.shape)) for x in padded]
+        questions = [("NaN or infinity at padding reaches your {part}", junk, usual_mask)]
+        for title, change, fits_mask in QUESTIONS:
+            changed = [case.but(mask=change(rng, case.arguments["mask"])) for case in cases]
+            questions.append((title, [case for case in changed if fits_mask(case)], fits_mask))
+        for title, changed, fits_mask in questions:
+            pairs = self.ask_all(changed)
+            if any(outcome.kind for outcome in self.outcomes(conventions, pairs, coarse)):
+                example = self.smallest_example(title, conventions, pairs, fits_mask, coarse)
+                self.questions.append(example)
+                self.notes.append(example.title.partition(": ")[2].rstrip(":"))
 
 
-def peculiar(pairs, outcomes):
-    """What all cases that differ have in common and ten that agree have not, in words."""
-    told = [(case.facts(), bool(x.kind)) for (case, _), x in zip(pairs, outcomes) if x.told]
-    sentences = []
-    for sentence in told[0][0]:
-        others = [differs for facts, differs in told if not facts[sentence]]
-        sentences += [sentence] * (len(others) >= 10 and not any(others))
-    worst = max(x.error if x.kind == "numbers" else 1 for x in outcomes if x.kind)
-    small = ["all differences are below 1 %: is half precision used inside?"] * bool(worst < 0.01)
-    return sentences[:1] + small
+def nearly_level(case):
+    real = case.arguments["x"][case.real]
+    return len(real) > 1 and real.std() <= 0.01 * abs(real.mean())
+
+
+def facts(case):
+    """(sentence, whether it may hold for a case, this case changed so that they should agree)."""
+    arguments, ones = case.arguments, np.ones_like(case.arguments.get("mask", 0))
+    yield (
+        "with 0 at padding they agree: yours reads what stands there",
+        lambda x: not same(x.arguments, x.at_padding(0).arguments),
+        case.at_padding(0),
+    )
+    if "mask" in arguments:
+        yield (
+            "without padding they agree: yours counts it in",
+            lambda x: not x.real.all(),
+            case.but(mask=ones),
+        )
+    length = case.size(1, BY_TOKEN)
+    if length > 5:
+        yield (
+            f"with up to {length - 1} tokens they agree",
+            lambda x: x.size(1, BY_TOKEN) >= length,
+            case.without(1, BY_TOKEN, [length - 1]),
+        )
+    group_size = arguments.get("group_size", 1)
+    if case.size(0, BY_ROW) > group_size and "pair_mask" not in case.kinds.values():
+        one = "one group" if group_size > 1 else "one row"
+        rows = np.arange(group_size, case.size(0, BY_ROW))
+        yield (
+            f"with {one} they agree",
+            lambda x: x.size(0, BY_ROW) > x.arguments.get("group_size", 1),
+            case.without(0, BY_ROW, rows),
+        )
+    if "prompts" in arguments:
+        prompts = arguments["prompts"]
+        yield (
+            "without the end token in the prompt they agree",
+            end_in_prompt,
+            case.but(prompts=np.where(is_end(case, prompts), 0, prompts)),
+        )
+    yield "in float64 they agree", lambda x: x.dtype != "float64", replace(case, dtype="float64")
+    yield (
+        "with numbers below 30 they agree",
+        lambda x: x.largest >= 30,
+        case.but(**{n: x / 100 for n, x in arguments.items() if np.asarray(x).dtype.kind == "f"}),
+    )
+    for name, kind in case.kinds.items():
+        options = CHOICES.get(kind, [])
+        for option in options:
+            others = [x for x in options if x != option]
+            yield (
+                f"unless {name} is {option} they agree",
+                lambda x, name=name, option=option: x.arguments[name] == option,
+                case.but(**{name: others[0]}),
+            )
+        for option in options[:1]:
+            yield (
+                f"where {name} is {option} they agree",
+                lambda x, name=name, option=option: x.arguments[name] != option,
+                case.but(**{name: option}),
+            )
+
+
+def is_end(case, tokens):
+    """Where the last token of the vocabulary stands."""
+    models = [x for x in case.arguments.values() if isinstance(x, dict)]
+    return tokens == (len(models[0]["embed"]) if models else math.inf) - 1
+
+
+def end_in_prompt(case):
+    return is_end(case, case.arguments["prompts"]).any()
 
 
 def reach(pairs, outcomes):
@@ -645,8 +548,125 @@ def reach(pairs, outcomes):
     return ", ".join(words)
 
 
-def say(text, first, rest):
-    print(textwrap.fill(text, 80, initial_indent=" " * first, subsequent_indent=" " * rest))
+# ------------------------------------------------------------------ the chain
+
+
+def lost_score(shaping, advantages):
+    """An example of a score that no advantage sees, or None."""
+    kinds = shaping.kinds | advantages.kinds
+
+    def chain(case):
+        """(rewards, advantages), or nothing where one raises."""
+        given = {name: case.arguments[name] for name in shaping.kinds}
+        rewards = shaping.ask(replace(case, arguments=given, kinds=shaping.kinds)).found
+        if "rewards" not in rewards or rewards["rewards"].shape != case.real.shape:
+            return None
+        given = case.arguments | {next(iter(advantages.kinds)): rewards["rewards"]}
+        given = {name: given[name] for name in advantages.kinds}
+        found = advantages.ask(replace(case, arguments=given, kinds=advantages.kinds)).found
+        return rewards | found if "advantages" in found else None
+
+    def lost(case):
+        if not usual_mask(case):
+            return False
+        for row in range(len(case.real)):
+            low, high = case.arguments["scores"].copy(), case.arguments["scores"].copy()
+            low[row], high[row] = -FAR, FAR
+            both = [chain(case.but(scores=scores)) for scores in (low, high)]
+            if None not in both and np.array_equal(*(x["advantages"][row] for x in both)):
+                return True
+        return False
+
+    kinds = {name: kind for name, kind in kinds.items() if name != "rewards"}
+    dtypes = [x for x in shaping.way.dtypes if x in advantages.way.dtypes]
+    for case in random_cases(kinds, dtypes, True, 20) if dtypes else ():
+        settings = {name: 1.0 for name, kind in kinds.items() if kind in ("discount", "beta")}
+        case = case.but(**settings)
+        if lost(case):
+            case = smallest(case, lost)
+            case = case.but(scores=np.ones_like(case.arguments["scores"]))
+            title = f"{shaping.name} -> {advantages.name}: a score never reaches an advantage"
+            remark = "with any other score the advantages are the same"
+            return Example(f"{title}:", case, {"yours": chain(case)}, [remark])
+    return None
+
+
+# ------------------------------------------------------------------ the screen
+
+
+class Screen:
+    """Text of 80 columns; on a terminal with colours, and a progress bar after two seconds."""
+
+    def __init__(self, count):
+        terminal = sys.stdout.isatty()
+        self.console = Console(
+            highlight=False, markup=False, soft_wrap=True, force_terminal=terminal
+        )
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total}"),
+        )
+        self.progress = Progress(*columns, console=self.console, transient=True)
+        self.task = self.progress.add_task("", total=count)
+        self.bar_from = time.monotonic() + 2 if terminal else math.inf
+
+    def tick(self):
+        """Called often: shows the bar when it is time."""
+        if time.monotonic() > self.bar_from:
+            self.bar_from = math.inf
+            self.progress.start()
+
+    def stop(self):
+        if self.progress.live.is_started:
+            self.progress.stop()
+
+    def say(self, text, first=0, rest=0, style=""):
+        indents = {"initial_indent": " " * first, "subsequent_indent": " " * rest}
+        self.console.print(Text(textwrap.fill(text, 80, break_on_hyphens=False, **indents), style))
+
+    def verdict(self, comparison, words):
+        """One function's lines of the summary."""
+        style = {True: RIGHT, False: WRONG, None: QUESTION}[comparison.agrees]
+        self.say(f"  {comparison.name:<19}{words}", 0, 21, style)
+        for note in comparison.notes:
+            self.say(note, 21, 23)
+
+    def show(self, example, style):
+        """A smallest input, what both make of it side by side, and the remarks."""
+        self.console.print()
+        self.say(example.title, 0, 2, style)
+        for name, x in example.case.arguments.items():
+            self.say(f"{name} = {literal(x, example.case.dtype)}", 4, 8)
+        self.console.print()
+        rows = table(example.columns)
+        for line in rows:
+            self.console.print(Text(line))
+        if rows:
+            self.console.print()
+        for remark in example.remarks:
+            self.say(remark, 4, 6)
+
+
+def table(columns):
+    """The results in columns, as lines."""
+    first, *others = columns.values()
+    parts = [part for part in first if all(part in other for other in others)]
+    label = max(map(len, parts), default=0) + 2
+    form = {"max_line_width": 35 - label // 2, "precision": 4, "suppress_small": True}
+    form |= {"threshold": 12 * len(columns), "edgeitems": 3}
+    rows = [("", *columns)] if parts else []
+    rows += [
+        (part, *(np.array2string(x[part] + 0.0, **form) for x in columns.values()))
+        for part in parts
+    ]
+    width = max((len(line) for row in rows for line in row[1].splitlines()), default=0)
+    lines = []
+    for row in rows:
+        for name, *cells in itertools.zip_longest(*map(str.splitlines, row), fillvalue=""):
+            cells = "   ".join(f"{cell:<{width}}" for cell in cells)
+            lines.append(f"    {name:<{label}}{cells}".rstrip())
+    return lines
 
 
 def literal(x, dtype):
@@ -655,6 +675,9 @@ def literal(x, dtype):
         return "{" + ", ".join(f'"{key}": {literal(part, dtype)}' for key, part in x.items()) + "}"
     if not isinstance(x, np.ndarray):
         return repr(x)
+    for number, maker in ((0, "zeros"), (1, "ones")):
+        if x.size > 12 and (x == number).all():
+            return f"np.{maker}({x.shape})"
     x = x.astype(dtype) if x.dtype.kind == "f" and dtype != "bfloat16" else x
     source = " ".join(repr(x).replace("dtype=", "dtype=np.").split())
     return "np." + source.replace("nan", "np.nan").replace("inf", "np.inf")
@@ -669,41 +692,65 @@ def look_up(module, name):
     return getattr(owner, last)
 
 
-def find_functions(path, pairs):
-    """What can be compared; your file may import those beside it. Raises ValueError in words."""
+def find_functions(path, maps, only):
+    """Yours by our names; your file may import those beside it. Raises ValueError in words."""
+    names = [name for name in COMPARED if name in OURS or hasattr(loop, name)]
+    for name in only:
+        if name not in names:
+            raise ValueError(f"--only {name}: there is no {name!r} here")
     sys.path.insert(0, str(path.resolve().parent))
     try:
-        module = runpy.run_path(str(path), run_name="yours")
+        with redirect_stdout(io.StringIO()):
+            module = runpy.run_path(str(path), run_name="yours")
+    except ModuleNotFoundError as missing:
+        words = f"{path} needs {missing.name}, which this Python does not have"
+        raise ValueError(f"{words}: python -m pip install {missing.name}") from None
     except (Exception, SystemExit) as problem:
-        raise ValueError(f"{path} cannot be imported: {last_line(problem)}") from None
-    found = {name: module[name] for name in COMPARED if name in module}
-    for pair in pairs:
+        raise ValueError(f"{path} cannot be imported: {in_words(problem)}") from None
+    found = {name: module[name] for name in names if name in module}
+    for pair in maps:
         ours, _, theirs = pair.partition("=")
-        if ours not in COMPARED:
+        if ours not in names:
             raise ValueError(f"--map {pair}: there is no {ours!r} here")
         try:
             found[ours] = look_up(module, theirs)
         except (AttributeError, TypeError) as problem:
             raise ValueError(f"--map {pair}: {problem}") from None
     yours = {name: x for name, x in found.items() if x is not getattr(loop, name, None)}
+    if only and not yours.keys() & set(only):
+        raise ValueError(f"{path} does not define {', '.join(only)}: say --map OURS=YOURS")
     if not yours:
-        raise ValueError(f"{path} defines none of {', '.join(COMPARED)}: say --map OURS=YOURS")
-    return [Comparison(name, x) for name, x in yours.items()]
+        raise ValueError(f"{path} defines none of {', '.join(names)}: say --map OURS=YOURS")
+    return {name: x for name, x in yours.items() if not only or name in only}
 
 
-def report(comparisons, options):
+def report(screen, yours, options):
     """Print a summary, then the examples. Returns the exit code."""
+    comparisons = [Comparison(Function(name, x, screen.tick)) for name, x in yours.items()]
     for one in comparisons:
-        say(f"  {one.name:<19}{one.judge(options.cases)}", 0, 21)
-        for note in one.notes:
-            say(note, 21, 23)
+        screen.progress.update(screen.task, description=one.name)
+        screen.verdict(one, one.judge(options.cases))
+        screen.progress.advance(screen.task)
+    right = {one.name: one.function for one in comparisons if one.agrees}
+    lost = []
+    for name in ("gae", "rloo_advantages", "grpo_advantages"):
+        if "shape_rewards" in right and name in right:
+            lost += [lost_score(right["shape_rewards"], right[name])]
+    lost = [example for example in lost if example]
+    for example in lost:
+        screen.say(f"  {example.title.rstrip(':')}", 0, 21, WRONG)
     for one in comparisons:
         for example in one.examples:
-            print()
-            one.show(*example)
+            screen.show(example, WRONG)
+    for example in lost:
+        screen.show(example, WRONG)
+    questions = [example for one in comparisons for example in one.questions]
+    for example in questions:
+        screen.show(example, QUESTION)
     compared = [one for one in comparisons if one.agrees is not None]
-    bad = any(not one.agrees or (options.strict and one.examples) for one in compared)
-    return 1 if bad else 0 if compared else 2
+    if lost or any(not one.agrees for one in compared) or (options.strict and questions):
+        return 1
+    return 0 if compared else 2
 
 
 def main(argv=None):
@@ -711,21 +758,26 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     add = parser.add_argument
     add("module", type=Path, help="your file")
+    add("--only", action="append", default=[], metavar="OURS", help="compare this function alone")
     add("--map", action="append", default=[], metavar="OURS=YOURS", help="your name for a function")
     add("--cases", type=int, default=300, help="random inputs for each function (default 300)")
-    add("--strict", action="store_true", help="NaN at padding and holes in masks count too")
+    add("--strict", action="store_true", help="NaN, holes and empty rows count too")
     options = parser.parse_args(argv)
     try:
         if options.cases < 1:
             raise ValueError(f"--cases {options.cases}: at least 1")
-        comparisons = find_functions(options.module, options.map)
+        yours = find_functions(options.module, options.map, options.only)
     except ValueError as problem:
         print(f"compare.py: {problem}", file=sys.stderr)
         return 2
-    print(f"{options.module.name} beside {Path(loop.__file__).name}")
     with warnings.catch_warnings(), np.errstate(all="ignore"):  # an overflow shows in the answers
         warnings.simplefilter("ignore")
-        return report(comparisons, options)
+        screen = Screen(len(yours))
+        screen.say(f"{options.module.name} beside {Path(loop.__file__).name}")
+        try:
+            return report(screen, yours, options)
+        finally:
+            screen.stop()
 
 
 if __name__ == "__main__":
