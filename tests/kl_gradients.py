@@ -47,14 +47,10 @@ def exact_gradient(logits, ref_logits, step=1e-6):
 
 
 def expected_gradient(logits, ref_logits, estimator, place):
-    """What the estimator comes to in place of d KL / d logits, in expectation.
-
-    In the reward, each token's log probability moves by the KL of the whole response. In
-    the loss, it moves by kl_loss's derivative, here of the sum over tokens.
-    """
+    """What takes the place of d KL / d logits, in expectation, by the sum over tokens."""
     logprobs, ref_logprobs = logprobs_of(logits), logprobs_of(ref_logits)
     if place == "reward":
-        kl = loop.kl_penalty(logprobs, ref_logprobs, estimator)
+        kl = loop.kl_penalty(logprobs, ref_logprobs, estimator)  # of all tokens, for each
         weights = np.repeat(kl.sum(axis=1, keepdims=True), T, axis=1)
     else:
         mask = np.ones(logprobs.shape)

@@ -16,23 +16,13 @@ from test_readme import assert_same_figures, rows_of
 
 STEPS = 200
 SEEDS = {"0 to 9": range(10), "100 to 109": range(100, 110), "300 to 309": range(300, 310)}
-GRPO_IN_LOSS = {"method": "grpo", "kl_in": "loss"}
-TRAININGS = {  # settings that differ from those of --preset letters
-    "β 0": {"beta": 0.0},
-    "β 0.05": {"beta": 0.05},
-    "ppo": {},
-    "β 1": {"beta": 1.0},
-    "rloo": {"method": "rloo"},
-    "grpo": {"method": "grpo"},
-    "grpo, k1 in the loss": GRPO_IN_LOSS | {"kl_estimator": "k1"},
-    "grpo, k2 in the loss": GRPO_IN_LOSS | {"kl_estimator": "k2"},
-    "grpo, k3 in the loss": GRPO_IN_LOSS | {"kl_estimator": "k3"},
-    "grpo, k3 in the loss, β 0.6": GRPO_IN_LOSS | {"kl_estimator": "k3", "beta": 0.6},
-    "dpo": {"method": "dpo"},
-    "ppo, k2 in the reward": {"kl_estimator": "k2"},
-    "ppo, k3 in the reward": {"kl_estimator": "k3"},
-    "the human's rule": {"reward": "human", "beta": 0.0},
-}
+GRPO = {"method": "grpo", "kl_in": "loss"}  # as published, with k3
+TRAININGS = {f"β {beta:g}": {"beta": beta} for beta in (0.0, 0.05, 1.0)}  # letters, but for these
+TRAININGS |= {"ppo": {}} | {name: {"method": name} for name in ("rloo", "grpo", "dpo")}
+for name in ("k1", "k2", "k3"):
+    TRAININGS[f"grpo, {name} in the loss"] = GRPO | {"kl_estimator": name}
+TRAININGS["grpo, k3 in the loss, β 0.6"] = GRPO | {"kl_estimator": "k3", "beta": 0.6}
+TRAININGS["the human's rule"] = {"reward": "human", "beta": 0.0}
 PRICES = {"0": "β 0", "0.05": "β 0.05", "0.2": "ppo", "1": "β 1"}
 METHODS = "reference ppo rloo grpo dpo".split() + [name for name in TRAININGS if "loss" in name]
 
@@ -112,15 +102,13 @@ def many(request):
     rows |= {name: [train(name, seed) for seed in SEEDS[request.param]] for name in TRAININGS}
     runs = {n: {f: np.array([run[f] for run in row]) for f in row[0]} for n, row in rows.items()}
     print(f"\n\nseeds {request.param}\n\n", *prices(runs), "\n", *methods(runs), sep="\n")
-    for name, run in runs.items():
-        ranges = [f"{f} {x.min():.2f} to {x.max():.2f}" for f, x in run.items() if x.dtype == float]
-        print(name, *ranges, *sorted(set(run["verdict"])), sep="; ")
     return runs
 
 
 def medians(run, figures):
-    """Medians over the seeds, as README shows them."""
+    """Medians over the seeds, as README shows them: a dash for a share below -1."""
     values = [np.median(run[name]) for name in figures.split()]
+    values = [value if value > -1 else np.nan for value in values]
     return [loop.fixed(value, 1 if value > 100 else 2) for value in values]
 
 
@@ -140,10 +128,11 @@ def methods(runs):
 
 @pytest.mark.claims
 def test_the_medians_are_readmes(many):
-    """Those of other seeds and of other processors are near."""
+    """Those of other seeds and processors are near, but for trainings that nothing restrains."""
     for head, rows in ("| β |", prices(many)), ("| method |", methods(many)):
         for shown, row in zip(rows_of(head), rows, strict=True):
-            assert_same_figures(shown, row, atol=0.06, rtol=0.25)
+            rtol = 0.6 if "k1" in row or row.startswith("| 0 |") else 0.2
+            assert_same_figures(shown, row, atol=0.06, rtol=rtol)
 
 
 @pytest.mark.claims
@@ -190,29 +179,19 @@ def test_k1_in_the_loss_restrains_nothing_and_k2_does(many):
 
 
 @pytest.mark.claims
-def test_other_estimators_in_the_reward_attain_less(many):
-    k1, k2, k3 = (many[f"ppo{name}"] for name in ("", ", k2 in the reward", ", k3 in the reward"))
-    assert np.median(k3["share"]) < np.median(k2["share"]) < np.median(k1["share"])
-    assert np.median(k3["words"]) < np.median(k1["words"])
-
-
-@pytest.mark.claims
 @pytest.mark.parametrize("beta", [0.2, 1.0])
 def test_the_errors_of_the_optimum_are_calibrated(beta):
-    """Nine in ten repetitions lie within two errors of their mean, over four seeds.
-
-    On one of them (seed 0 at beta 0.2) it is three in four: few responses have much weight.
-    """
+    """Nine in ten repetitions lie within two errors of their mean; on seed 0, three in four."""
     sizes = {"J_star": [], "J": [], "share": []}  # differences from the mean, in errors
     for seed in range(4):
         config = loop.configure("letters", steps=STEPS, beta=beta, seed=seed)
         models = loop.prepare(config, stages_of(seed))
-        assert len([*loop.core_loop(models, config)]) == STEPS
+        assert all(step.mask.any() for step in loop.core_loop(models, config))
         found = [loop.theory(models, replace(config, seed=1000 + n)) for n in range(20)]
         for name, size in sizes.items():
             values, errors = (np.array([x[f] for x in found]) for f in (name, f"{name}_error"))
             size.extend((abs(values - np.nanmean(values)) / errors)[~np.isnan(values)])
     for name, size in sizes.items():
-        assert len(size) >= 70  # few dashes
-        assert np.mean(np.array(size) <= 2) >= 0.9, name
-        assert np.mean(np.array(size) > 0.2) >= 0.5, name  # nor are they far too large
+        assert len(size) >= 70, name  # few dashes
+        assert np.mean(np.less_equal(size, 2)) >= 0.9, name
+        assert np.median(size) > 0.2, name  # nor are the errors far too large
