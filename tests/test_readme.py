@@ -109,8 +109,7 @@ def test_the_answers_to_the_exercises(walk_through):
 def test_the_shares_in_an_answer():
     answer = re.search(r"<code>python (\S+ [^<]*ppo rloo grpo)</code>(.*?)</details>", README, re.S)
     rows = re.findall(r"^  β 0.2, \w+ .*?([\d.]+ ± [\d.]+)$", printed(answer[1]), re.MULTILINE)
-    shown = re.findall(r"[\d.]+ ± [\d.]+", answer[2])
-    assert len(shown) == 3
+    shown = re.findall(r"[\d.]+ ± [\d.]+", answer[2])[:3]
     for share, row in zip(shown, rows[-3:], strict=True):
         assert_same_figures(share, row, atol=0.02)
 
@@ -120,7 +119,7 @@ def test_what_four_betas_come_to():
     """The words may differ from processor to processor, the verdicts may not."""
     first, *shown = block("console", TRAINING_OF_FOUR).splitlines()
     verdicts = [line for line in shown if line.startswith("    ")]
-    found = [line for line in printed(first[9:]).splitlines() if "; words" in line]
+    found = [line for line in printed(first[9:]).splitlines() if re.search(r"; words \d", line)]
     for line, now in zip(verdicts, found, strict=True):
         assert_same_figures(line, now, atol=0.12)
     assert len(verdicts) == 4
@@ -147,7 +146,7 @@ def run_snippet(code):
 
 def test_an_actor_learns_a_reward_of_ones_own():
     """The words may differ from processor to processor."""
-    shown, lines = block("text", "0.").splitlines(), run_snippet(OWN_REWARD)
+    shown, lines = re.findall(r"^# (.*)$", OWN_REWARD, re.MULTILINE), run_snippet(OWN_REWARD)
     for line, now in zip(shown, lines, strict=True):
         assert_same_figures(line.split()[0], now.split()[0], atol=0.1)
         assert len(line.split()) == len(now.split())
