@@ -332,8 +332,9 @@ def score_responses(reward_model, prompts, responses, mask):
         if scores.shape != (len(prompts),) or not np.isfinite(scores).all():
             raise ValueError("your reward function must return (B,) finite numbers")
         return scores.astype(np.result_type(mask, np.float32))
+    tokens = token_ids(reward_model, prompts, responses)
     last = last_positions(prompts, responses, mask)
-    hidden, _ = backbone(reward_model, token_ids(reward_model, prompts, responses))
+    hidden, _ = backbone(reward_model, tokens)
     scores = hidden[last] @ reward_model["head"]  # (B, P + T, D) -> (B, D) -> (B, 1)
     return scores[:, 0] + reward_model.get("bias", 0.0)
     # ANCHOR_END: score_responses
@@ -389,7 +390,7 @@ def shape_rewards(scores, kl, mask, beta):
     if not fits or not mask.any(axis=1).all():
         raise ValueError("scores, kl, mask: shapes differ, or a row is empty")
     last = mask.shape[1] - 1 - (mask[:, ::-1] != 0).argmax(axis=1)  # (B, T) -> (B,)
-    rewards = np.where(mask, -float(beta) * kl, 0.0)
+    rewards = -float(beta) * np.where(mask, kl, 0.0)
     rewards[np.arange(len(last)), last] += scores
     return rewards
     # ANCHOR_END: shape_rewards
@@ -515,7 +516,8 @@ def ppo_loss(new_logprobs, old_logprobs, advantages, mask, clip):
     if any(x.shape != mask.shape for x in arrays) or not mask.any():
         raise ValueError("logprobs, advantages, mask: shapes differ, or no token")
     n = int(np.count_nonzero(mask))
-    ratio = np.exp(np.where(mask, new_logprobs - old_logprobs, -np.inf))
+    log_ratio = np.where(mask, new_logprobs, 0.0) - np.where(mask, old_logprobs, 0.0)
+    ratio = np.where(mask, np.exp(log_ratio), 0.0)
     unclipped = ratio * np.where(mask, advantages, 0.0)
     clipped = np.clip(ratio, 1 - clip, 1 + clip) * np.where(mask, advantages, 0.0)
     loss = -np.minimum(unclipped, clipped).sum(dtype=np.float64) / n
@@ -541,13 +543,15 @@ def kl_loss(new_logprobs, ref_logprobs, mask, estimator):
     (loss, d_loss/d_new). Raises ValueError if the shapes differ, no token is real or the
     estimator is unknown. Source: Shao et al. 2024, equation 4, for k3.
     """
-    if new_logprobs.shape != mask.shape or not mask.any():
+    if not new_logprobs.shape == ref_logprobs.shape == mask.shape or not mask.any():
         raise ValueError("logprobs, mask: shapes differ, or no token is real")
     n = int(np.count_nonzero(mask))
-    kl = np.where(mask, kl_penalty(new_logprobs, ref_logprobs, estimator), 0.0)
-    k1 = np.where(mask, new_logprobs - ref_logprobs, 0.0)
+    new_logprobs = np.where(mask, new_logprobs, 0.0)
+    ref_logprobs = np.where(mask, ref_logprobs, 0.0)
+    loss = kl_penalty(new_logprobs, ref_logprobs, estimator).sum(dtype=np.float64) / n
+    k1 = new_logprobs - ref_logprobs
     slopes = {"k1": np.ones_like(k1), "k2": k1, "k3": -np.expm1(-k1)}
-    return kl.sum(dtype=np.float64) / n, np.where(mask, slopes[estimator], 0.0) / n
+    return loss, np.where(mask, slopes[estimator], 0.0) / n
     # ANCHOR_END: kl_loss
 
 
@@ -564,7 +568,7 @@ def value_loss(values, returns, mask):
     if not values.shape == returns.shape == mask.shape or not mask.any():
         raise ValueError("values, returns, mask: shapes differ, or no token is real")
     n = int(np.count_nonzero(mask))
-    error = np.where(mask, values - returns, 0.0)
+    error = np.where(mask, values, 0.0) - np.where(mask, returns, 0.0)
     return np.square(error, dtype=np.float64).sum() / n, 2 * error / n
     # ANCHOR_END: value_loss
 

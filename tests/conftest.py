@@ -24,7 +24,7 @@ TINY = "--vocab-size 12 --batch-size 4 --prompt-length 3 --response-length 5 --w
 def small_model(rng, vocab_size=7, width=5, out_width=None, scale=3.0):
     """A model in float64, big enough in all its weights to leave the linear range."""
     model = loop.init_model(rng, vocab_size, width, out_width or vocab_size)
-    scales = {"embed": 5.0, "mix": 1.0, "head": scale}
+    scales = {"embed": 5.0, "context_proj": 1.0, "head": scale}
     return {name: np.float64(weights) * scales[name] for name, weights in model.items()}
 
 
@@ -51,24 +51,6 @@ def read_only(*arrays):
         for part in array.values() if isinstance(array, dict) else [array]:
             part.flags.writeable = False
     return arrays
-
-
-class Tensor:
-    """What np.asarray understands, and no more: as arrays of other libraries are."""
-
-    __array_priority__ = 1000
-
-    def __init__(self, array):
-        self.array, self.shape, self.dtype = array, array.shape, "one of its own"
-
-    def __array__(self, dtype=None, copy=None):
-        return np.array(self.array, dtype=dtype)
-
-    def __array_wrap__(self, array, *_):
-        return Tensor(array)  # what numpy computes with it is one again
-
-    def __len__(self):
-        return len(self.array)
 
 
 def real_tokens(mask):
@@ -116,7 +98,7 @@ def batch(request):
     return Batch(3, holes=True) if request.param == "holes" else Batch(request.param)
 
 
-# From here on: each formula once, in plain loops. Arrays are (B, T); results are in float64.
+# From here on: each formula once, slowly. Arrays are (B, T); results are in float64.
 
 
 def slow_log_softmax(logits):
@@ -128,10 +110,11 @@ def slow_log_softmax(logits):
 
 def slow_hidden(model, tokens):
     """The hidden state after one sequence of tokens."""
-    embed, mix = model["embed"], model["mix"]
+    embed, projection = model["embed"], model["context_proj"]
     context = sum(embed[token] for token in tokens) / math.sqrt(len(tokens))
-    mixed = [sum(context[i] * mix[i][j] for i in range(len(mix))) for j in range(len(mix))]
-    return np.tanh(embed[tokens[-1]] + mixed)
+    width = range(len(projection))
+    projected = [sum(context[i] * projection[i][j] for i in width) for j in width]
+    return np.tanh(embed[tokens[-1]] + projected)
 
 
 def slow_logprobs(model, tokens):

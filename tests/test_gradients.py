@@ -15,7 +15,7 @@ def hidden_states(model, tokens):
     """Hidden states after each token, as the design gives them, differentiable."""
     x = model["embed"][tokens]
     so_far = [anp.sum(x[:, : t + 1], axis=1) / (t + 1) ** 0.5 for t in range(tokens.shape[1])]
-    return anp.tanh(x + anp.dot(anp.stack(so_far, axis=1), model["mix"]))
+    return anp.tanh(x + anp.dot(anp.stack(so_far, axis=1), model["context_proj"]))
 
 
 def outputs_before(model, prompts, responses):

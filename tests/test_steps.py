@@ -1,5 +1,6 @@
 """Every step's function against a slow definition of its formula, for every kind of array."""
 
+import copy
 import tracemalloc
 from functools import partial
 
@@ -11,7 +12,6 @@ from hypothesis import strategies as st
 import rlhf_loop_pseudo as loop
 from conftest import (
     Batch,
-    Tensor,
     holed_mask,
     last_real,
     one_head,
@@ -55,7 +55,7 @@ def constant_model(logits):
     """A model whose logits are these after every text."""
     logits = np.array([logits])
     embed = np.full((logits.shape[1], 1), 20, dtype=logits.dtype)  # tanh(20) is 1
-    return {"embed": embed, "mix": np.zeros((1, 1), dtype=logits.dtype), "head": logits}
+    return {"embed": embed, "context_proj": np.zeros((1, 1), dtype=logits.dtype), "head": logits}
 
 
 # ------------------------------------------------------------------ arrays of every kind
@@ -79,16 +79,15 @@ LAYOUTS = {
     "turned": np.asfortranarray,
     "every other": lambda x: np.repeat(x, 2, axis=-1)[..., ::2],
     "backwards": lambda x: x[..., ::-1].copy()[..., ::-1],
-    "a list": lambda x: x.tolist(),
-    "a tensor": Tensor,
 }
-TYPES = ["f2", "f4", "f8", "i1", "u1", "i8", "u2", "u8", "?"]
+FLOATS, MASKS = ["f4", "f8"], ["f4", "f8", "i1", "u1", "i8", "?"]
+REWARDED = ["shape_rewards", "free", "gae", "rloo", "grpo", "whiten"]  # rewards may be whole
+TYPED = [(step, dtype) for step in STEPS for dtype in FLOATS]
+TYPED += [(step, dtype) for step in REWARDED for dtype in ("i1", "u1", "i8", "?")]
 
 
 def numbers_of(dtype, rng, shape):
     """Numbers of a type, some too far apart for it where these are whole."""
-    if dtype == np.float16:  # quarters: exact there, and no ratio is near the clip
-        return (rng.integers(-4, 5, size=shape) / 4).astype(dtype)
     if dtype.kind == "f":
         return rng.standard_normal(shape).astype(dtype)
     low, high = {"i": (-100, 101), "u": (0, 201), "b": (0, 2)}[dtype.kind]
@@ -100,14 +99,13 @@ def numbers_of(dtype, rng, shape):
     seed=st.integers(0, 2**32 - 1),
     length=st.integers(1, 5),
     holes=st.booleans(),
-    mask_type=st.sampled_from(TYPES),
+    mask_type=st.sampled_from(MASKS),
     layout=st.sampled_from(list(LAYOUTS)),
     junk=st.sampled_from([np.nan, np.inf, -np.inf]),
     number=st.sampled_from([float, np.float64]),  # of the settings: as one from an array
     scale=st.floats(0.01, 1),
 )
-@pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("step, dtype", TYPED)
 def test_a_step_is_its_formula(
     step, dtype, seed, length, holes, mask_type, layout, junk, number, scale
 ):
@@ -121,14 +119,14 @@ def test_a_step_is_its_formula(
     arrays |= {"mask": mask, "scores": numbers_of(dtype, rng, 4)}
     plain = [arrays[name] for name in names.split()]
     laid_out = [LAYOUTS[layout](x) for x in plain]
-    read_only(*[x for x in laid_out if isinstance(x, np.ndarray)])
+    read_only(*laid_out)
     results, expected = tupled(ours(*laid_out, *constants)), tupled(slow(*plain, *constants))
-    kept = dtype.kind == "f" and layout != "a list"
-    tolerance = {"f2": 0.02, "f4": 1e-4}.get(dtype.str[1:], 1e-9)
+    tolerance = 1e-4 if dtype == np.float32 else 1e-9
     for result, wanted in zip(results, expected, strict=True):
+        assert np.shape(result) == np.shape(wanted)
         np.testing.assert_allclose(result, wanted, rtol=tolerance, atol=tolerance)
         if np.ndim(wanted):
-            assert result.dtype == (dtype if kept else np.float64)
+            assert result.dtype == (dtype if dtype.kind == "f" else np.float64)
             assert "mask" not in names or not result[mask == 0].any()
 
 
@@ -136,40 +134,52 @@ def test_a_step_is_its_formula(
 
 
 def whole(dtype, *rows):
-    """Arrays (1, T) of a type."""
+    """Arrays (1,) of a type."""
     return [np.array([row], dtype=dtype) for row in rows]
 
 
-ONE = np.ones((1, 1))
-INFINITE = np.full((1, 1), np.inf)
-THREE, ALL = np.full((64, 128), 3, np.float16), np.ones((64, 128))  # their sum is beyond float16
+def pair(first, second):
+    """Two rows of one token."""
+    return np.array([[first], [second]])
 
 
-@pytest.mark.parametrize(
-    "call, expected",
-    [
-        (lambda: loop.preference_loss(*np.zeros((2, 2, 3)))[2], 1 / 12),
-        (lambda: loop.preference_loss(*whole("f8", [1e4], [-1e4])), (0, 0, 0)),
-        (lambda: loop.preference_loss(*whole("f8", [-1e4], [1e4])), (2e4, -1, 1)),
-        (lambda: loop.ppo_loss(*whole("f4", [90], [0], [0]), ONE, 0.2), (0, 0, np.inf)),
-        (lambda: loop.ppo_loss(*whole("f8", [900], [0], [0]), ONE, 0.2), (0, 0, np.inf)),
-        (lambda: loop.shape_rewards(np.array([7.0]), INFINITE, ONE, 0), 7),
-        (lambda: loop.shape_rewards(np.array([7.0]), INFINITE, ONE, np.float32(0)), 7),
-        (lambda: loop.value_loss(THREE, 0 * THREE, ALL), (9, 6 / 8192)),
-        (lambda: loop.ppo_loss(0 * THREE, 0 * THREE, 3 * THREE, ALL, 0.2), (-9, -9 / 8192, 1)),
-        (lambda: loop.whiten(np.float32(ALL / 10), ALL), 0),
-        (lambda: loop.whiten(7 * ONE, ONE), 0),
-        (lambda: loop.grpo_advantages([[5, 2], [3, 4]], np.ones((2, 2)), 2), 0),
-        # the 1e-8 beside a variance of 2e-12, and the 1e-6 beside a deviation of 1.4e-6
-        (lambda: loop.whiten([[-1e-6, 1e-6]], [[1, 1]])[0, 1], 1e-6 / np.sqrt(2e-12 + 1e-8)),
-        (lambda: loop.grpo_advantages([[1e-6], [-1e-6]], [*ONE, *ONE], 2)[0], 1 / (1 + 2**0.5)),
-    ],
-)
-def test_numbers_at_the_edge(call, expected):
-    with np.errstate(all="ignore"):
-        results = tupled(call())
-    for result, wanted in zip(results, tupled(expected), strict=True):
-        np.testing.assert_allclose(result, np.broadcast_to(wanted, np.shape(result)), atol=1e-9)
+TENTHS, ALL = np.full((64, 128), 0.1, np.float32), np.ones((64, 128))
+AT_THE_EDGE = {  # what is computed, and what it should be, shapes included
+    "equal scores": (
+        lambda: loop.preference_loss(np.zeros(6), np.zeros(6)),
+        (np.log(2), np.full(6, -1 / 12), np.full(6, 1 / 12)),
+    ),
+    "a sure choice": (
+        lambda: loop.preference_loss(*whole("f8", 1e4, -1e4)),
+        (0, np.zeros(1), np.zeros(1)),
+    ),
+    "a sure mistake": (
+        lambda: loop.preference_loss(*whole("f8", -1e4, 1e4)),
+        (2e4, -np.ones(1), np.ones(1)),
+    ),
+    "equal numbers": (lambda: loop.whiten(TENTHS, ALL), np.zeros((64, 128))),
+    "a single token": (lambda: loop.whiten(7 * ALL[:1, :1], ALL[:1, :1]), np.zeros((1, 1))),
+    "equal rewards": (
+        lambda: loop.grpo_advantages(np.array([[5, 2], [3, 4]]), np.ones((2, 2)), 2),
+        np.zeros((2, 2)),
+    ),
+    "the 1e-8 beside a variance of 2e-12": (
+        lambda: loop.whiten(np.array([[-1e-6, 1e-6]]), np.ones((1, 2)))[0, 1],
+        1e-6 / np.sqrt(2e-12 + 1e-8),
+    ),
+    "the 1e-6 beside a deviation of 1.4e-6": (
+        lambda: loop.grpo_advantages(pair(1e-6, -1e-6), np.ones((2, 1)), 2),
+        pair(1, -1) / (1 + 2**0.5),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", AT_THE_EDGE)
+def test_numbers_at_the_edge(case):
+    call, expected = AT_THE_EDGE[case]
+    for result, wanted in zip(tupled(call()), tupled(expected), strict=True):
+        assert np.shape(result) == np.shape(wanted)
+        np.testing.assert_allclose(result, wanted, atol=1e-9)
 
 
 # ------------------------------------------------------------------ prompts and responses
@@ -218,7 +228,7 @@ class Given:
 def test_a_long_tail_of_small_probabilities_is_not_lost():
     logits = np.full(50_000, -18, dtype=np.float32)
     logits[0] = 0  # each of the others is too small to change a sum of 1 in float32
-    tokens, _, _ = loop.generate(constant_model(logits), [[1], [1]], 1, Given(), 49_999)
+    tokens, _, _ = loop.generate(constant_model(logits), pair(1, 1), 1, Given(), 49_999)
     assert sorted(tokens[:, 0] > 0) == [False, True]
 
 
@@ -233,7 +243,7 @@ def test_extreme_logits_stay_finite_and_what_has_no_probability_is_never_sampled
     assert loss == pytest.approx(-1, abs=1e-2)
     assert all(np.isfinite(gradient).all() for gradient in gradients.values())
     for rng in (np.random.default_rng(0), Given()):
-        sampled, _, logprobs = loop.generate(model, [[0]] * 99, 1, rng, 2)
+        sampled, _, logprobs = loop.generate(model, np.zeros((99, 1), int), 1, rng, 2)
         np.testing.assert_allclose(logprobs, expected[sampled], atol=1e-5)
         assert (expected[sampled] > -50).all()
 
@@ -272,11 +282,10 @@ def test_exact_kl(batch, sureness):
     tokens, shape = (batch.prompts, batch.responses), batch.mask.shape
     texts = [batch.sequence(*place) for place in real_tokens(np.ones(shape))]
     p, q = (np.array([slow_logprobs(model, t) for t in texts]) for model in (actor, other))
-    logits = p.reshape(*shape, -1) + 5  # a shift changes no probability
-    read_only(logits, other, *tokens)
+    read_only(actor, other, *tokens)
     expected = (np.exp(p) * (p - q)).sum(axis=1).reshape(shape)
-    close(loop.exact_kl(logits, other, *tokens), expected, rtol=1e-6, atol=1e-6)
-    close(loop.exact_kl(logits, actor, *tokens), 0, atol=1e-6)
+    close(loop.exact_kl(actor, other, *tokens), expected, rtol=1e-6, atol=1e-6)
+    close(loop.exact_kl(actor, actor, *tokens), 0, atol=1e-6)
 
 
 def test_the_logits_of_all_tokens_are_never_held_whole():
@@ -324,14 +333,11 @@ def of_int64():
     return model_results(WIDE.model, *TOKENS, WIDE.mask, NUMBERS)
 
 
-@pytest.mark.parametrize("kind", ["i1", "u1", "i2", "u2", "i4", "u4", "u8", ">i4", "list", Tensor])
+@pytest.mark.parametrize("kind", ["i1", "u1", "i2", "u2", "i4", "u4", "u8", ">i4"])
 def test_tokens_of_every_type(kind, of_int64):
-    def converted(x):
-        return x.tolist() if kind == "list" else Tensor(x) if kind is Tensor else x.astype(kind)
-
-    texts = [converted(x) for x in TOKENS]
-    results = model_results(WIDE.model, *texts, converted(WIDE.mask), NUMBERS)
-    human = loop.human_scores(*texts, converted(WIDE.mask), 128)
+    texts, mask = [x.astype(kind) for x in TOKENS], WIDE.mask.astype(kind)
+    results = model_results(WIDE.model, *texts, mask, NUMBERS)
+    human = loop.human_scores(*texts, mask, 128)
     close(human, loop.human_scores(*TOKENS, WIDE.mask, 128))
     mixed = loop.token_logprobs(WIDE.model, texts[0], TOKENS[1])
     close(mixed, of_int64["logprobs"])
@@ -339,8 +345,8 @@ def test_tokens_of_every_type(kind, of_int64):
         np.testing.assert_allclose(results[name], expected, rtol=1e-9, atol=1e-12, err_msg=name)
 
 
-@pytest.mark.parametrize("mask_type", [bool, np.int8, np.float16, np.float32, np.float64])
-@pytest.mark.parametrize("dtype, tolerance", [("f2", 0.05), ("f4", 1e-4), ("f8", 1e-9)])
+@pytest.mark.parametrize("mask_type", [bool, np.int8, np.float32, np.float64])
+@pytest.mark.parametrize("dtype, tolerance", [("f4", 1e-4), ("f8", 1e-9)])
 def test_the_type_of_a_model_is_kept(dtype, tolerance, mask_type):
     batch = Batch(0, rows=4)
     numbers = np.nan_to_num(batch.normal()).clip(-2, 2)
@@ -362,49 +368,61 @@ def test_the_type_of_a_model_is_kept(dtype, tolerance, mask_type):
 
 
 def test_adam_changes_only_what_has_a_gradient_and_in_place():
-    """Scalars, empty and turned arrays too, and lists and tensors as gradients."""
+    """Scalars, empty and turned arrays too."""
     params = {"w": np.ones(3), "scalar": np.array(1.0), "none": np.zeros((0, 3))}
-    params |= {"turned": np.ones((3, 2)).T, "unused": np.ones(2), "tensor": np.ones(2)}
+    params |= {"turned": np.ones((3, 2)).T, "unused": np.ones(2)}
     before, state = dict(params), {}
     gradients = {name: np.ones_like(params[name]) for name in ("scalar", "none", "turned")}
+    gradients["w"] = np.array([1.0, -1.0, 0.0])
     read_only(gradients)
-    gradients |= {"w": [1.0, -1.0, 0.0], "tensor": Tensor(np.array([1.0, -1.0]))}
     assert loop.adam_step(params, gradients, state, 0.1) is None
     loop.adam_step(params, gradients, state, 0.0)
     assert all(params[name] is before[name] for name in params)
-    moved = {"w": [0.9, 1.1, 1], "tensor": [0.9, 1.1], "scalar": 0.9, "turned": 0.9, "unused": 1}
+    moved = {"w": np.array([0.9, 1.1, 1]), "scalar": np.array(0.9), "none": np.zeros((0, 3))}
+    moved |= {"turned": np.full((2, 3), 0.9), "unused": np.ones(2)}
     for name, wanted in moved.items():
-        close(params[name], np.broadcast_to(wanted, params[name].shape), rtol=1e-6)
+        assert params[name].shape == wanted.shape
+        close(params[name], wanted, rtol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", ["f2", "f4", "f8"])
-@pytest.mark.parametrize("gradient_type", ["f2", "f4", "f8", "i8"])
-@pytest.mark.parametrize("size", [1, 1e-4])
-def test_adam_with_every_type(dtype, gradient_type, size):
-    """The square of a gradient of 1e-4 is 0 in float16, and what is divided by it infinite."""
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("gradient_type", FLOATS)
+@pytest.mark.parametrize("rate", [0.25, np.float64(0.25)])
+def test_adam_keeps_the_type_of_the_parameters(dtype, gradient_type, rate):
     params, state = {"w": np.ones(2, dtype)}, {}
-    gradient = np.array([size, -size]).astype(gradient_type)
-    loop.adam_step(params, {"w": gradient}, state, 0.25)
+    gradient = np.array([1e-4, -1e-4]).astype(gradient_type)
+    loop.adam_step(params, {"w": gradient}, state, rate)
     assert params["w"].dtype == dtype
-    kept = np.result_type(gradient, np.float32)
-    assert state["m"]["w"].dtype == state["v"]["w"].dtype == kept
     np.testing.assert_allclose(params["w"], 1 - 0.25 * np.sign(gradient), rtol=1e-3)
 
 
-def test_adam_refuses_before_anything_moves():
-    params, state = {"a": np.ones(3), "b": np.ones(1), "whole": np.ones(2, dtype=int)}, {}
-    for name, shape in (("b", 2), ("whole", 2), ("unknown", 2)):
+@pytest.mark.parametrize("updates", [0, 1])
+def test_adam_refuses_before_anything_moves(updates):
+    params, state = {"a": np.ones(3), "b": np.ones(1), "late": np.ones(2)}, {}
+    for _ in range(updates):
+        loop.adam_step(params, {"a": np.ones(3)}, state, 0.1)
+    before, start = copy.deepcopy(params), copy.deepcopy(state)
+    wrong = {"b": np.ones(2), "unknown": np.ones(2)}
+    wrong |= {"late": np.ones(2)} if updates else {}  # new after the first update
+    for name, gradient in wrong.items():
         with pytest.raises(ValueError, match=name):
-            loop.adam_step(params, {"a": np.ones(3), name: np.ones(shape)}, state, 0.1)
-    assert (params["a"] == 1).all()
-    assert not state
+            loop.adam_step(params, {"a": np.ones(3), name: gradient}, state, 0.1)
+    np.testing.assert_equal((params, state), (before, start))
+
+
+def test_adam_keeps_its_two_means_apart():
+    state, gradients = {}, {"a": np.ones(2), "b": np.ones(2)}
+    loop.adam_step({"a": np.ones(2), "b": np.ones(2)}, gradients, state, 0.1)
+    arrays = [*state["m"].values(), *state["v"].values(), *gradients.values()]
+    shared = [np.shares_memory(x, y) for i, x in enumerate(arrays) for y in arrays[:i]]
+    assert not any(shared)
 
 
 # ------------------------------------------------------------------ refusals
 
 X, FULL = np.zeros((4, 3)), np.ones((4, 3))
 TEXTS = [np.zeros((4, 3), dtype=int)] * 2
-FOUR = {"embed": np.ones((4, 2)), "mix": np.ones((2, 2)), "head": np.ones((2, 4))}
+FOUR = {"embed": np.ones((4, 2)), "context_proj": np.ones((2, 2)), "head": np.ones((2, 4))}
 HEAD = one_head(FOUR)
 MASKS = [FULL[:, :1], FULL[:1], FULL[:, :2], FULL[0], 0 * FULL]
 OF_TEXTS = [  # and the masks that they refuse: of scores, an empty row as well
@@ -418,8 +436,8 @@ OF_TEXTS = [  # and the masks that they refuse: of scores, an empty row as well
 
 
 def assert_refused(call, *arguments, **named):
-    """By a sentence that says whose fault it is, and what is wrong with it."""
-    with pytest.raises(ValueError, match=r"^[\w, -]+: .+ .+"):
+    """By a sentence of our own, or by numpy where the shapes do not fit at all."""
+    with pytest.raises(ValueError, match=r"\w+ .+ \w+"):
         call(*arguments, **named)
 
 
@@ -429,11 +447,11 @@ def test_arrays_that_do_not_fit_are_refused(step):
     ours, _, names, constants = STEPS[step]
     right = [{"mask": FULL, "scores": X[:, 0]}.get(name, X) for name in names.split()]
     wrong = [X[:, :1], X[:1], X[0], X[0, :1], X[:, :2], X[:0]]
+    if step == "free":
+        wrong = wrong[:-1]  # no score and no row is a batch of none
     for place in range(len(right)):
         for array in wrong:
             assert_refused(ours, *right[:place], array, *right[place + 1 :], *constants)
-    if step in ("shape_rewards", "gae", "rloo", "grpo"):
-        assert_refused(ours, *[np.ones(4) for _ in right], *constants)  # a row is no batch
     if step in ("shape_rewards", "whiten", "ppo_loss", "value_loss"):
         assert_refused(ours, *right[:-1], np.tril(FULL, -1) * (step == "shape_rewards"), *constants)
     if step in ("preference_loss", "whiten", "ppo_loss", "value_loss"):
@@ -457,14 +475,13 @@ def test_texts_and_masks_that_do_not_fit_are_refused(call, masks):
 
 def test_other_things_that_do_not_fit_are_refused():
     rng = np.random.default_rng(0)
-    for prompts in ([[4]], [[-1]], [[0.0]], [[]], [0], np.zeros((0, 2), int)):
-        assert_refused(loop.generate, FOUR, prompts, 2, rng, 3)
+    for prompts in ([[4]], [[-1]], [[0.0]], [[False]], [0], np.zeros((0, 2), int)):
+        assert_refused(loop.generate, FOUR, np.array(prompts), 2, rng, 3)
     for size in (-2, 0, 1, 3, 8):
         assert_refused(loop.rloo_advantages, X, FULL, size)
         assert_refused(loop.grpo_advantages, X, FULL, size)
     assert_refused(loop.kl_penalty, X, X, "k4")
-    for shape in ((1, 3, 4), (4, 2, 4), (4, 3, 5)):
-        assert_refused(loop.exact_kl, np.zeros(shape), FOUR, *TEXTS)
+    assert_refused(loop.exact_kl, FOUR, FOUR, TEXTS[0][:1], TEXTS[1])
     assert_refused(loop.human_scores, TEXTS[0][:1], TEXTS[1][:1], FULL[:3], 4)
     assert_refused(loop.human_scores, *TEXTS, FULL[:, :1], 4)
     assert_refused(loop.human_scores, TEXTS[0][:1], TEXTS[1], FULL, 4)
