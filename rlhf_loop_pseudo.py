@@ -1637,10 +1637,13 @@ def opening_page(heading, configs):
     if config.uses_letters:
         says = """A prompt is the first letter of a word, the response is the rest, and a full stop
             ends it. Each letter is a token."""
+    if config.steps > 1:
+        says += " A step is one batch. β is the price of KL, of moving away from the reference."
     return page(
         f"=== {heading} ===",
         *shown,
-        f"""The actor writes responses and learns. The {scorer} scores them. The reference is the
+        f"""RLHF is reinforcement learning from human feedback, PPO proximal policy optimization.
+        The actor writes responses and learns. The {scorer} scores them. The reference is the
         actor as it was before this training. No step changes these two: they are frozen.
         {" ".join(map(PICTURES.get, pictures))} {says}""",
     )
@@ -1661,7 +1664,7 @@ def tuning_page(report, config):
         ("Listed words: ", f"{real:.1%}", "of the 4096 words that it wrote after"),
         words_line("  Before: ", untrained, config, 12),
         words_line("  After:  ", after, config, 12),
-        """The loss is the mean of -log p of each next token, in nats; 1 nat is 1.44 bits. It
+        """The loss is the mean of -log p of each next token, in nats (natural logarithms). It
         cannot reach 0, because several words share a first letter. This model is now the
         reference, and the actor is made from a copy of it.""",
         "Why learn from examples first?",
@@ -1676,7 +1679,7 @@ def choices_page(report, config):
     words = texts_of(seen["prompts"], seen["responses"], config)
     pairs, right = len(words) // 2, seen["accuracy"]
     error = (right * (1 - right) / pairs) ** 0.5
-    best = f"{seen['best_accuracy']:.1%} if one knew the ratings"
+    best = f"{seen['best_accuracy']:.1%} for one who knows the ratings"
     differ = [row for row in range(pairs) if words[row] != words[row + pairs]]
     rows = [row + other for row in differ[:3] for other in (0, pairs)]
     columns = {"": ["chosen", "rejected"] * 3, "word": [words[row] for row in rows]}
@@ -1688,9 +1691,9 @@ def choices_page(report, config):
         ("Loss: ", *fall(seen["losses"])),
         ("Correct on new pairs: ", f"{right:.1%} ± {error:.1%}", best),
         table(columns, left=2),
-        """The loss is -log sigmoid(score of chosen - score of rejected); a coin toss has 0.69.
-        The human is simulated: they rate a word from 0 to 1, highest if it has as many vowels as
-        consonants and repeats no letter. They often choose the word with the higher rating, but
+        """The loss is -log sigmoid(score of chosen - score of rejected); a coin toss has 0.69, and
+        random scores have more. The human is simulated: they rate a word from 0 to 1, highest if
+        it has as many vowels as consonants and repeats no letter. They often choose the word with the higher rating, but
         not always, so no scorer can predict every choice. ± is one standard error.""",
         "What does the reward model see of the ratings?",
         """It never sees a rating, only which of two words was preferred. Its scores are then
@@ -1735,7 +1738,7 @@ def responses_page(seen, config):
         f"""A forward pass gives each of the {V} tokens a number at each position, its logit.
         Softmax turns the logits into probabilities, and one token is sampled. The log of its
         probability is kept; it would be {-np.log(V):.2f} if all tokens were equally likely. Lists
-        show the first response's first tokens and its last one; means are over all tokens. The
+        show the first response's first tokens and its last one; means leave padding out. The
         logits {widest} are kept for one position at a time. {ended} of {B} responses ended with
         the end token; {B - ended} were cut off after {T} tokens and are scored as they are.""",
         'Why are log probs "old"?',
@@ -1784,25 +1787,28 @@ def kl_page(seen, config):
         ("KL divergence per token: ", mask.shape, listed(first, 3)),
         ("Mean KL: ", fixed(masked_mean(step.kl, mask), 3), by),
         f"""The KL divergence says how far the actor's probabilities p are from the reference's q.
-        It is 0 if they are equal, as at the start of a training; here --drift
-        {config.start_drift:g} has moved the actor, as if training had begun. k1, k2 and k3
-        estimate it from the sampled token alone.""",
+        It is 0 if they are equal, as at the start of a training; here --drift has added
+        {config.start_drift:g} times random weights to the actor's. k1, k2 and k3 estimate it from
+        the sampled token alone, because the exact sum needs all {V} probabilities of both.""",
         table(columns, left=2),
         "Why can an estimate of the KL be negative?",
         f"""k1 is negative where the reference finds the sampled token likelier than the actor
-        does, here on {negative:.0%} of the tokens. The exact KL is never negative.""",
+        does, here on {negative:.0%} of the tokens. Over many tokens it averages to the KL, which
+        is never negative.""",
     )
 
 
 def rewards_page(seen, config):
     """Step 5."""
     step, beta = seen.step, config.beta
+    passes = "passes it back" if config.method == "ppo" else "gives its advantage"
     formula = "reward = reward_model_score - β * KL"
     totals, score = step.rewards.sum(axis=1), fixed(step.scores[0], 3)
     tokens = listed(step.rewards[0][step.mask[0] != 0])
     kl, total = fixed(step.kl[0].sum(), 3 + len(f"{beta:.0f}")), fixed(totals[0], 3)
-    says = f"""β is the price of moving away from the reference: {beta:g} points of score per nat.
-        The first response's total is its score minus β times the KL of all its tokens:
+    says = f"""A reward model can be trusted only near the texts that it learned from. So moving
+        away from the reference has a price: β = {beta:g} points of score per nat. The first
+        response's total is its score minus β times the KL of all its tokens:
         {score} - {beta:g} * {kl} = {total}. Token by token, its rewards are {tokens}: each token
         pays β times its own KL, and the last one also gets the score."""
     if config.kl_in == "loss":
@@ -1817,8 +1823,8 @@ def rewards_page(seen, config):
         ("Total rewards: ", listed(totals)),
         says,
         "Why does the score stand on the last token?",
-        """It judges the whole response, so it is paid where the response ends. Step 6 tells the
-        earlier tokens.""",
+        f"""It judges the whole response, so it is paid where the response ends. Step 6
+        {passes} to the earlier tokens.""",
     )
 
 
@@ -1828,7 +1834,7 @@ def advantages_page(seen, config):
     advantages = preview(step.advantages, mask)
     whitened = [("Whitened: ", *preview(step.loss_advantages, mask))]
     std = step.advantages[mask != 0].std(ddof=min(1, np.count_nonzero(mask) - 1))
-    scaled = f"""Whitening then subtracts their mean and divides by their standard deviation,
+    scaled = f"""Whitening subtracts the advantages' mean and divides by their standard deviation,
         {fixed(std, 3)}, so that the size of the update does not depend on the rewards' scale."""
     expected = "what the critic predicted"
     if config.method == "ppo":
@@ -1836,10 +1842,11 @@ def advantages_page(seen, config):
         values = preview(step.values, mask)
         lines = [("Critic forward pass...",), ("Values: ", *values)]
         lines += [("GAE advantages: ", *advantages), *whitened]
-        says = """Before each token the critic predicts the reward to come: the value. A token's
-            advantage says how much better than predicted it went. Generalized advantage estimation
-            (GAE) goes from the last token, after which value and advantage are 0, to the first. γ
-            discounts later rewards, and λ sets how far back a surprise δ is passed:"""
+        says = """Before each token the critic predicts the reward to come: the value, which is the
+            baseline. A token's advantage says how much better than that it went. Generalized
+            advantage estimation (GAE) goes from the last token, after which value and advantage
+            are 0, to the first. γ discounts later rewards (1: not at all). λ sets how far back a
+            surprise δ is passed (0: not at all, 1: to the first token):"""
         check = [
             ("    δ[t] = reward[t] + γ value[t+1] - value[t]",),
             (
@@ -1918,10 +1925,10 @@ def update_page(seen, config):
         row is from before the update.""",
         "Why is the ratio 1 in the first epoch, and what is learned then?",
         f"""The actor still is the one that wrote the responses. The loss is minus the mean of
-        A{also}; it has a gradient, since raising a ratio with A > 0 lowers the loss.""",
+        A{also}. Its gradient is not 0: raising a ratio with A > 0 lowers the loss.""",
         "Why is the ratio clipped?",
-        f"""Above {high} where A > 0, and below {low} where A < 0, a token's {gradient} is 0. It no
-        longer pushes its own ratio away from 1; clipped is the fraction of such tokens.""",
+        f"""Above {high} where A > 0, and below {low} where A < 0, a token's {gradient} is 0, so it
+        pushes its ratio no further, though others may. clipped is the fraction of such tokens.""",
         Text(""),
         ("Update complete!",),
     )
@@ -1949,12 +1956,13 @@ def effect_page(seen, config):
         table(columns),
         "Did the responses move the right way?",
         f"""mean A is the average per token of the advantage that the loss uses. A response with a
-        positive one should become more likely, with a negative one less: {followed} of {count} did.
+        positive one should become more likely, with a negative one less: {followed} of {count}
+        moved so.
         All responses share the same weights, so some move the other way.""",
         table(costs),
-        """This is what the step cost: one pass to generate, score or predict, then one per epoch
-        to learn. What learns also needs gradients g and Adam's running means m of g and v of g².
-        The others are frozen.""",
+        """This is what the step cost: one pass to generate (a whole response counts as one), score
+        or predict, then one per epoch to learn. What learns also needs gradients g, and running
+        means m of g and v of g² for Adam, the optimizer. The others are frozen.""",
     )
 
 
@@ -2006,7 +2014,7 @@ def training_page(run, number):
     else:
         clipped = window_means(history["policy/clipfrac_avg"])[1]
         columns["clipped"] = [f"{fraction:.1%}" for fraction in clipped]
-        about += " clipped is the fraction of tokens whose gradient the clip stops."
+        about += " clipped is the fraction of tokens whose gradient PPO's clip stops."
     texts = [words_line("", run.texts[end - 1], config) for end in ends]
     columns["two responses"] = texts
     heading = Text(
@@ -2070,8 +2078,9 @@ def outcome_page(runs):
         "What came of it: six words from the same first letters",
         """The reference writes words, and each actor started from it. Words of the training
         list are bold and green, other strings red and underlined. β is the price of moving away
-        from the reference. human is the human's opinion of a word, from 0 to 1; words is the
-        fraction of responses that are in the training list.""",
+        from the reference. human is the human's opinion, from 0 to 1: at first, at its best and at
+        the end. words is the fraction of responses in the training list. Reward hacking means that
+        the score rose and the human's opinion fell below its start.""",
         words_line("  reference     ", runs[0].words["reference"], config),
         *lines,
     )
@@ -2093,10 +2102,11 @@ def optimum_page(runs):
         Text(""),
         table(best),
         """These are new responses, many more than in a row of a training. For experts: J = score -
-        β * KL is what PPO and RLOO aim at. J_start is the reference's, J_star that of the best
-        possible policy, estimated anew for each actor, and share = (J - J_start) / (J_star -
-        J_start). ± is one standard error. A dash means that a figure is too noisy to report, or
-        that there is no best (β 0). Compare J between rows of the same β and the same reward.""",
+        β * KL is what PPO and RLOO aim at. J_start is the reference's. J_star, the highest that
+        any actor could reach, is estimated anew in each row. share is how much of the way was
+        covered: (J - J_start) / (J_star - J_start). ± is one standard error. A dash means that a
+        figure is too noisy to report; at β 0 nothing limits J, and there is no best. Compare J
+        between rows of the same β and the same reward.""",
     )
 
 
