@@ -2139,7 +2139,7 @@ def optimum_page(runs):
 EXAMPLES = """examples:
   python rlhf_loop_pseudo.py --preset letters --only 6 --inspect 3
   python rlhf_loop_pseudo.py --preset letters --steps 200 --beta 0 0.05 0.2 1
-  python rlhf_loop_pseudo.py --preset letters --steps 200 --method ppo rloo grpo dpo"""
+  python rlhf_loop_pseudo.py --preset letters --steps 200 --method ppo grpo dpo"""
 SEVERAL = "beta", "method", "reward"  # with several values, these are compared
 STEP_PAGES = prompts_page, responses_page, scores_page, kl_page, rewards_page
 STEP_PAGES += advantages_page, update_page
