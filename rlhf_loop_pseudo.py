@@ -2513,9 +2513,12 @@ def main(argv=None):
     else:
         pages = training_pages(configs, arrays, runs)
     code = print_pages(pages, printed, "pause" in given)
-    files = {"export": lambda: exported(given["export"], given.get("theme"), printed)}
-    if arrays or any(run.metrics for run in runs):
+    files = {}
+    if arrays or any(run.metrics for run in runs):  # else there is nothing to keep
         files["save"] = lambda: saved(configs, arrays, runs)
+        files["export"] = lambda: exported(
+            given["export"], given.get("theme"), printed
+        )
     for name in files.keys() & given.keys():
         if not code or not given[name].exists():  # a failed run costs no older file
             try:
