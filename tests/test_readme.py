@@ -97,10 +97,11 @@ def test_what_a_step_shows(walk_through):
 
 def test_the_answers_to_the_exercises(walk_through):
     shapes, _, critic = re.findall(r"<summary>Answer</summary>(.*?)</details>", README, re.S)
-    output = printed(re.search(r"<code>python (.*?)</code>", shapes)[1])
-    size = re.search(r"\(4, 100, 50257\) +([\d.]+ MB)", output)[1]
-    assert "(4, 100, 50257)" in shapes
-    assert size in shapes
+    command = shlex.split(re.search(r"<code>python (.*?)</code>", shapes)[1])
+    _, (config,) = loop.read_command_line(command[1:])
+    B, T, V = config.batch_size, config.response_length, config.vocab_size
+    assert f"({B}, {T}) for tokens" in shapes
+    assert f"({B}, {T}, {V}), which is {4e-6 * B * T * V:.1f} MB" in shapes
     forward, backward, *sizes = numbers(re.search(r"^  critic (.*\d)$", walk_through, re.M)[1])
     assert f"{sum(sizes):.1f} MB, {forward:g} passes forward and {backward:g} backward" in critic
 
