@@ -73,7 +73,7 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz."  # the tokens if V is 27; "." ends a wor
 COUNT = Integral, lambda x: 1 <= x <= 10**6, "a whole number from 1 to 10^6"
 TWO_OR_MORE = Integral, lambda x: 2 <= x <= 10**6, "a whole number from 2 to 10^6"
 NATURAL = Integral, lambda x: x >= 0, "a whole number of at least 0"
-POSITIVE = Real, lambda x: 0 <= x < np.inf, "a finite number of at least 0"
+NOT_NEGATIVE = Real, lambda x: 0 <= x < np.inf, "a finite number of at least 0"
 FRACTION = Real, lambda x: 0 <= x <= 1, "a number from 0 to 1"
 CLIP = Real, lambda x: 0 < x < 1, "a number between 0 and 1"
 METHOD = str, lambda x: x in ("ppo", "rloo", "grpo", "dpo"), "ppo, rloo, grpo or dpo"
@@ -96,13 +96,15 @@ class Config:
     batch_size: int = setting(4, COUNT, "B, responses in a batch", "sizes")
     prompt_length: int = setting(64, COUNT, "P, tokens in a prompt", "sizes")
     response_length: int = setting(128, COUNT, "T, tokens in a response", "sizes")
-    vocab_size: int = setting(50257, TWO_OR_MORE, "V; the last is the end", "sizes")
+    vocab_size: int = setting(50257, TWO_OR_MORE, "V; the last ends a text", "sizes")
     width: int = setting(32, COUNT, "D, the width of a hidden state", "sizes")
     preference_pairs: int = setting(2048, COUNT, "pairs of responses", "sizes")
     steps: int = setting(1, COUNT, "batches to train on; 1 is the walk-through")
     method: str = setting("ppo", METHOD, "ppo, rloo, grpo or dpo")
     reward: str = setting("learned", SCORER, "what scores: learned or human")
-    beta: float = setting(0.02, POSITIVE, "β, the KL coefficient, in score per nat")
+    beta: float = setting(
+        0.02, NOT_NEGATIVE, "β, the KL coefficient, in score per nat"
+    )
     kl_in: str = setting("reward", PLACE, "where the KL goes: reward or loss")
     kl_estimator: str = setting("k1", ESTIMATOR, "of a token's KL: k1, k2 or k3")
     group_size: int = setting(4, TWO_OR_MORE, "responses to each prompt (rloo, grpo)")
@@ -110,8 +112,10 @@ class Config:
     lam: float = setting(0.95, FRACTION, "λ of GAE (ppo)")
     clip: float = setting(0.2, CLIP, "ε; the ratio is clipped to 1 - ε .. 1 + ε")
     ppo_epochs: int = setting(4, COUNT, "updates on each batch")
-    learning_rate: float = setting(5e-4, POSITIVE, "Adam's at first; it falls to 0")
-    drift: float = setting(None, POSITIVE, "distance of the first actor")
+    learning_rate: float = setting(
+        5e-4, NOT_NEGATIVE, "Adam's at first; it falls to 0"
+    )
+    drift: float = setting(None, NOT_NEGATIVE, "random part of first actor")
     seed: int = setting(0, NATURAL, "seed of all random numbers")
 
     def __post_init__(self):
@@ -198,11 +202,13 @@ def core_loop(models, config, rng=None):
         # 7. PPO update
         learning_rate = config.learning_rate * (1 - step / config.steps)
         batch = prompts, responses, old_logprobs, loss_advantages, mask, config.clip
+        kl_term = {}
         if kl_in_loss:
-            batch += ref_logprobs, config.beta, config.kl_estimator
+            kl_term = {"ref_logprobs": ref_logprobs, "beta": config.beta}
+            kl_term["estimator"] = config.kl_estimator
         ratios, actor_losses, critic_losses = [], [], []
         for _ in range(config.ppo_epochs):
-            gradients, loss, ratio = actor_gradients(actor, *batch)
+            gradients, loss, ratio = actor_gradients(actor, *batch, **kl_term)
             adam_step(actor, gradients, actor_state, learning_rate)
             actor_losses.append(loss)
             ratios.append(ratio)
@@ -212,17 +218,30 @@ def core_loop(models, config, rng=None):
                 )
                 adam_step(critic, gradients, critic_state, learning_rate)
                 critic_losses.append(loss)
-        texts = prompts, responses, mask
-        judged = old_logprobs, scores, ref_logprobs, kl, rewards, values, returns
-        losses = np.array(actor_losses), np.array(critic_losses)
-        used = advantages, loss_advantages, np.stack(ratios), *losses, learning_rate
-        yield Step(*texts, *judged, *used)
+        yield Step(
+            prompts=prompts,
+            responses=responses,
+            mask=mask,
+            old_logprobs=old_logprobs,
+            scores=scores,
+            ref_logprobs=ref_logprobs,
+            kl=kl,
+            rewards=rewards,
+            values=values,
+            returns=returns,
+            advantages=advantages,
+            loss_advantages=loss_advantages,
+            ratio=np.stack(ratios),
+            actor_loss=np.array(actor_losses),
+            critic_loss=np.array(critic_losses),
+            learning_rate=learning_rate,
+        )
     # ANCHOR_END: core_loop
 
 
 @dataclass
 class Step:
-    """The arrays of one step. Those of (B, T) are 0 at padding, where the mask is 0."""
+    """The arrays of one step. Floats are 0 at padding, where the mask is 0."""
 
     prompts: np.ndarray  # (B, P) token ids
     responses: np.ndarray  # (B, T) token ids
@@ -231,7 +250,7 @@ class Step:
     scores: np.ndarray  # (B,) one number for each response
     ref_logprobs: np.ndarray  # (B, T) of the reference
     kl: np.ndarray  # (B, T) an estimate of each token's KL, in nats
-    rewards: np.ndarray = None  # (B, T) -β KL, and the score on the last real token
+    rewards: np.ndarray = None  # (B, T) per token: see shape_rewards
     values: np.ndarray = None  # (B, T) the critic's predictions; None without one
     returns: np.ndarray = None  # (B, T) the critic's targets; None without one
     advantages: np.ndarray = None  # (B, T) how much better than expected
@@ -245,7 +264,8 @@ class Step:
 # ---------------------------------------------------------------- 4. the seven steps
 
 # In sections 4 and 5 a mask is (B, T). It is 0 at padding, and any other number marks a
-# real token. Whatever stands at padding is ignored, NaN too, and results are 0 there.
+# real token. A function that takes a mask ignores whatever stands at padding, NaN too,
+# and its results are 0 there.
 # Arrays of floats are float32 or float64; token ids may have any integer type, and one
 # that is out of range raises ValueError. Gradients are dicts with the weights' names,
 # and losses are scalars. Log probabilities and KL are in nats.
@@ -267,8 +287,9 @@ def generate(actor, prompts, response_length, rng, eos_token):
 
     token[t] ~ softmax(hidden[P - 1 + t] @ head), at temperature 1
 
-    prompts (B, P), without padding. Returns (responses, mask, logprobs), (B, T) each:
-    eos_token after the end; 1 up to and including the first end token.
+    prompts (B, P), without padding. Returns (responses, mask, logprobs), (B, T) each.
+    The mask is 1 up to and including the first end token; responses repeat it after
+    that, and logprobs are 0 there.
     Source: Radford et al. 2018 (GPT), equations 1 and 2.
     """
     prompts = token_ids(actor, prompts)
@@ -337,9 +358,9 @@ def kl_penalty(logprobs, ref_logprobs, estimator="k1"):
 
     k1 = log p_actor - log p_reference    k2 = k1² / 2    k3 = exp(-k1) - 1 + k1
 
-    k1 and k3 are unbiased, k2 is slightly biased; only k1 can be negative. In the
-    reward only k1 has KL's own gradient: near the reference, that of k2 and k3 is 0 to
-    first order. In the loss it is the other way round (kl_loss). All (B, T). Raises
+    k1 and k3 are unbiased; k2 is biased, but little near the reference. Only k1 can be
+    negative. In the reward only k1 has KL's own gradient: near the reference, that of
+    k2 and k3 is 0 to first order. In the loss it is the other way round. All (B, T). Raises
     ValueError if the shapes differ or the estimator is unknown.
     Source: Schulman 2020, "Approximating KL Divergence".
     """
@@ -360,8 +381,9 @@ def shape_rewards(scores, kl, mask, beta):
 
     reward[t] = -β kl[t], plus the score on the last real token
 
-    Only there is the response complete. β is in score per nat. Raises ValueError if the
-    shapes differ or a row has no real token. Source: Ziegler et al. 2019, equation 2.
+    The score judges the whole response, so it is paid where that ends. β is in score
+    per nat. Raises ValueError if the shapes differ or a row has no real token.
+    Source: Ziegler et al. 2019, equation 2.
     """
     fits = kl.shape == mask.shape and scores.shape == mask.shape[:1]
     if not fits or not mask.any(axis=1).all():
@@ -420,8 +442,9 @@ def rloo_advantages(rewards, mask, group_size):
 
     advantage = R - mean of the other R's, where R is the sum of a response's rewards
 
-    group_size adjacent rows answer the same prompt. All (B, T); the tokens of a
-    response share its advantage. Raises ValueError if the shapes differ or a group is
+    RLOO as published is REINFORCE; here its advantages are whitened and go into PPO's
+    clipped loss. group_size adjacent rows answer the same prompt. All (B, T); the
+    tokens of a response share its advantage. Raises ValueError if the shapes differ or a group is
     incomplete. Source: Ahmadian et al. 2024 (RLOO).
     """
     if rewards.shape != mask.shape or group_size < 2 or len(mask) % group_size:
@@ -481,7 +504,7 @@ def ppo_loss(new_logprobs, old_logprobs, advantages, mask, clip):
 
     ratio = exp(new - old)
     loss = mean over real tokens of -min(ratio A, clip(ratio, 1 - ε, 1 + ε) A)
-    d loss / d new = -ratio A / n where ratio A is the smaller of the two, else 0
+    d loss / d new = -ratio A / n where ratio A <= clipped ratio A, else 0
 
     The gradient of a token is 0 once its ratio has left the clip range in the direction
     that its advantage A asks for. All (B, T). Returns (loss, d_loss/d_new, ratio).
@@ -512,10 +535,10 @@ def kl_loss(new_logprobs, ref_logprobs, mask, estimator):
     loss = mean over real tokens of k1, k2 or k3 (see kl_penalty)
     d loss / d new = 1 / n for k1, k1 / n for k2, (1 - exp(-k1)) / n for k3
 
-    As in trainers, the sampling is not differentiated. So k1's expected gradient is 0:
-    it restrains nothing. k2's is KL's own, for each token by itself, and k3's is near
-    to it while the actor is near the reference. All (B, T). Returns (loss,
-    d_loss/d_new). Raises ValueError if the shapes differ, no token is real or the
+    As in trainers, the sampling is not differentiated. So k1's expected gradient is 0
+    in the first epoch: it restrains nothing. k2's is KL's own, for each token by itself,
+    and k3's is near to it while the actor is near the reference. All (B, T). Returns
+    (loss, d_loss/d_new). Raises ValueError if the shapes differ, no token is real or the
     estimator is unknown. Source: Shao et al. 2024, equation 4, for k3.
     """
     if new_logprobs.shape != mask.shape or not mask.any():
@@ -666,7 +689,7 @@ def fine_tune(model, prompts, responses, mask, rng):
     d loss / d log p = -1 / n
 
     The mean is over a batch's tokens, so it is not the mean of its parts' means. Each
-    of 400 Adam updates sees 128 of the N rows. Returns the losses (400,). Raises
+    of 400 Adam updates sees at most 128 of the N rows. Returns the losses (400,). Raises
     ValueError as score_responses does. Source: InstructGPT, section 3.5.
     """
     last_positions(prompts, responses, mask)  # raises if the mask does not fit
@@ -792,7 +815,8 @@ def train_reward_model(reward_model, prompts, responses, mask, rng):
     Then the scores are shifted and scaled to mean 0 and standard deviation 1 over these
     responses; "score_std" keeps what they were divided by. prompts (2 N, P), responses,
     mask (2 N, T): the chosen ones first. Returns (reward_model, losses): a new model
-    with a bias, and (200,). Source: Stiennon et al. 2020, section 3.4.
+    with a bias, and (200,). Source: Ziegler et al. 2019, section 2; InstructGPT,
+    section 3.5.
     """
     reward_model = {name: reward_model[name].copy() for name in WEIGHTS}
     chosen_rows, rejected_rows = np.split(np.arange(len(prompts)), 2)
@@ -886,7 +910,8 @@ def dpo_gradients(actor, ref_logprobs, prompts, responses, mask, beta):
 def dpo_loop(models, pairs, config, rng=None):
     """DPO in place of core_loop: config.steps updates on batch_size pairs each.
 
-    Changes the actor in place and yields the loss of each update. Scores in the loop
+    Changes the actor in place, at a rate of its own that falls from 1e-3 to 0, and
+    yields the loss of each update. Scores in the loop
     are divided by their standard deviation and implicit rewards are not, so β times
     that deviation aims at the same optimum. pairs are those of collect_preferences.
     Source: Rafailov et al. 2023, section 4.
@@ -1287,7 +1312,8 @@ def text_metrics(step, config):
     """What responses are judged by, under TRL's names where it has one: means over the
     batch of sums over a response."""
     ended = (step.responses == config.vocab_size - 1) & (step.mask != 0)
-    score, kl = step.scores.mean(), step.kl.sum(axis=1).mean()
+    k1 = kl_penalty(step.old_logprobs, step.ref_logprobs)  # whatever trains the actor
+    score, kl = step.scores.mean(), k1.sum(axis=1).mean()
     metrics = {
         "objective/scores": score,
         "objective/kl": kl,
@@ -1361,9 +1387,7 @@ def estimator_warning(config):
     if config.kl_in == "loss" and name == "k1":
         return "k1 in the loss restrains nothing: its expected gradient is 0."
     if config.kl_in == "reward" and name != "k1":
-        return (
-            f"{name} in the reward restrains too little: it is no KL to the gradient."
-        )
+        return f"{name} in the reward restrains too little: its gradient is not KL's."
     return ""
 
 
@@ -1473,7 +1497,7 @@ PICTURE = __doc__.split("\n\n")[3]
 PICTURE_OF_GROUPS = """\
   prompts ─► actor ─► responses ─┬─► reward model ─► score ────────┐
                ▲                 └─► reference ─► KL to the actor ─┴► rewards ─┐
-               └─ PPO update ◄── advantages ◄── comparison in a group ◄────────┘"""
+               └─── update ◄──── advantages ◄── comparison in a group ◄────────┘"""
 PICTURE_OF_DPO = """\
   chosen and ─┬─► reference ─► log probs ─┐
   rejected    └─► actor ─────► log probs ─┴► implicit rewards ─► DPO loss ─┐
@@ -1481,8 +1505,8 @@ PICTURE_OF_DPO = """\
                     └───────────────────── update ◄────────────────────────┘"""
 PICTURES = {
     PICTURE: "The critic learns to predict the reward to come.",
-    PICTURE_OF_GROUPS: "Without a critic, the responses to one prompt are compared.",
-    PICTURE_OF_DPO: "DPO learns from pairs that a human compared. It uses no reward model.",
+    PICTURE_OF_GROUPS: "There is no critic: responses to one prompt are compared.",
+    PICTURE_OF_DPO: "DPO learns from pairs that the human compared, not from scores.",
 }
 PICTURE_OF = {"ppo": PICTURE, "dpo": PICTURE_OF_DPO}  # otherwise of groups
 ASCII = str.maketrans("─►▲│└┘┐┬├┤┴◄●○△…·βγδλΣ±²", "->^|+++++++<ox*..bgdlS~2")
@@ -1587,9 +1611,15 @@ def words_line(label, texts, config, most=8):
     return line
 
 
+def unit_of(config):
+    """The unit of memory for models of this size, in bytes."""
+    return ("MB", 1e6) if config.vocab_size > 1000 else ("kB", 1e3)
+
+
 def fall(losses):
     """How a loss fell."""
-    return f"{losses[0]:.2f} -> {losses[-20:].mean():.2f}", "first; mean of last 20"
+    means = f"{losses[0]:.2f} -> {losses[-20:].mean():.2f}"
+    return means, "first update -> mean of the last 20"
 
 
 def opening_page(heading, configs):
@@ -1607,7 +1637,7 @@ def opening_page(heading, configs):
         f"=== {heading} ===",
         *shown,
         f"""The actor writes responses and learns. The {scorer} scores them. The reference is the
-        actor as it was before. Like the {scorer} it is frozen: no step changes it.
+        actor as it was before this training. No step changes these two: they are frozen.
         {" ".join(map(PICTURES.get, pictures))} {says}""",
     )
 
@@ -1623,16 +1653,16 @@ def tuning_page(report, config):
         "Stage 1: Supervised fine-tuning (Reference)",
         ("Words to learn from: ", report["fine_tuning/count"], "written by a human"),
         ("Loss: ", *fall(losses)),
-        ("Best possible loss: ", fixed(best), "nats per letter"),
-        ("Real words: ", f"{real:.1%}", "of what it writes now"),
+        ("Best possible loss: ", fixed(best), "nats per token"),
+        ("Listed words: ", f"{real:.1%}", "of the 4096 words that it wrote after"),
         words_line("  Before: ", untrained, config, 12),
         words_line("  After:  ", after, config, 12),
-        """The loss is the mean of -log p of each next letter, in nats; 1 nat is 1.44 bits. It
+        """The loss is the mean of -log p of each next token, in nats; 1 nat is 1.44 bits. It
         cannot reach 0, because several words share a first letter. This model is now the
-        reference, and the actor starts as its copy.""",
+        reference, and the actor is made from a copy of it.""",
         "Why learn from examples first?",
-        """A reward can only choose among responses that a model already writes, and before this
-        stage it wrote no words.""",
+        """The actor will learn only from what it happens to write. Before this stage that was
+        almost never a word.""",
     )
 
 
@@ -1642,7 +1672,7 @@ def choices_page(report, config):
     words = texts_of(seen["prompts"], seen["responses"], config)
     pairs, right = len(words) // 2, seen["accuracy"]
     error = (right * (1 - right) / pairs) ** 0.5
-    best = f"{seen['best_accuracy']:.1%} is the best possible"
+    best = f"{seen['best_accuracy']:.1%} if one knew the ratings"
     differ = [row for row in range(pairs) if words[row] != words[row + pairs]]
     rows = [row + other for row in differ[:3] for other in (0, pairs)]
     columns = {"": ["chosen", "rejected"] * 3, "word": [words[row] for row in rows]}
@@ -1654,13 +1684,14 @@ def choices_page(report, config):
         ("Loss: ", *fall(seen["losses"])),
         ("Correct on new pairs: ", f"{right:.1%} ± {error:.1%}", best),
         table(columns, left=2),
-        """The loss is -log sigmoid(score of chosen - score of rejected). The human is simulated:
-        they rate a word from 0 to 1, highest if it has as many vowels as consonants and repeats
-        no letter. They choose the better word more often, but not always, so nobody can predict
-        every choice. ± is one standard error.""",
+        """The loss is -log sigmoid(score of chosen - score of rejected); a coin toss has 0.69.
+        The human is simulated: they rate a word from 0 to 1, highest if it has as many vowels as
+        consonants and repeats no letter. They often choose the word with the higher rating, but
+        not always, so no scorer can predict every choice. ± is one standard error.""",
         "What does the reward model see of the ratings?",
-        """Nothing: only which of two words was preferred. It is frozen from now on, and it is
-        unreliable for texts that are unlike these words.""",
+        """It never sees a rating, only which of two words was preferred. Its scores are then
+        scaled to mean 0 and standard deviation 1. It is frozen from now on, and it is unreliable
+        for texts that are unlike these words.""",
     )
 
 
@@ -1668,34 +1699,41 @@ def prompts_page(seen, config):
     """Step 1."""
     prompts, times = seen.step.prompts, config.group_size
     first, *_ = texts_of(prompts[:, :0], prompts, config)
-    grouped = f"Each prompt gets {times} responses." * (config.method != "ppo")
+    grouped = f"{len(prompts) // times} prompts, {times} responses to each"
     return page(
         "Step 1: Sample prompts",
-        ("Batch size: ", len(prompts)),
+        ("Batch size: ", len(prompts), "" if config.method == "ppo" else grouped),
         ("Prompt shapes: ", f"{prompts.shape} tokens", f"the first: {first}"),
         "Why only prompts, and no answers?",
-        f"""The actor writes the answers itself, in step 2. It learns from its own attempts, not
-        from examples. {grouped}""",
+        """The actor writes the answers itself, in step 2. It learns from its own attempts, not
+        from examples.""",
     )
 
 
 def responses_page(seen, config):
     """Step 2."""
-    step, mask, V = seen.step, seen.step.mask, config.vocab_size
-    (B, T), (first, *_) = mask.shape, texts_of(step.prompts, step.responses, config)
+    step, mask, V, D = seen.step, seen.step.mask, config.vocab_size, config.width
+    (B, T), P = mask.shape, config.prompt_length
+    first, *_ = texts_of(step.prompts, step.responses, config)
     ended = int(((step.responses == V - 1) & (mask != 0)).any(axis=1).sum())
+    unit, scale = unit_of(config)
+    widest = "would be the step's largest tensor, so they" * (V * T > D * (P + T))
     return page(
         "Step 2: Generate responses (Actor)",
         ("Actor forward pass...",),
         ("Generated tokens: ", mask.shape, f"the first: {first}"),
-        ("Actor logits: ", (B, T, V), f"{4e-6 * B * T * V:.1f} MB if all were kept"),
+        (
+            "Actor logits: ",
+            (B, T, V),
+            f"{4 * B * T * V / scale:.1f} {unit} if all were kept",
+        ),
         ("Old log probs: ", *preview(step.old_logprobs, mask)),
-        f"""At each position the actor gives each of the {V} tokens a number, its logit. Softmax
-        turns the logits into probabilities, and one token is sampled. The log of its probability
-        is kept; it would be {-np.log(V):.2f} if all tokens were equally likely. The logits would
-        be the step's largest tensor, so only one position's are in memory at a time. {ended} of
-        {B} responses ended with the end token; {B - ended} were cut off after {T} tokens and are
-        scored as they are.""",
+        f"""A forward pass gives each of the {V} tokens a number at each position, its logit.
+        Softmax turns the logits into probabilities, and one token is sampled. The log of its
+        probability is kept; it would be {-np.log(V):.2f} if all tokens were equally likely. Lists
+        show the first response's first tokens and its last one; means are over all tokens. The
+        logits {widest} are kept for one position at a time. {ended} of {B} responses ended with
+        the end token; {B - ended} were cut off after {T} tokens and are scored as they are.""",
         'Why are log probs "old"?',
         """They belong to the actor that wrote the responses. Step 7 changes the actor and compares
         its new log probs with these, which are held fixed.""",
@@ -1704,19 +1742,23 @@ def responses_page(seen, config):
 
 def scores_page(seen, config):
     """Step 3."""
-    owner, how = "Reward Model", "its weights are random here"
-    why = "It learns from choices between whole responses"
+    owner, line = (
+        "Reward Model",
+        ("Reward model forward pass...", "", "its weights are random"),
+    )
+    why = "A trained reward model has learned from choices between whole responses"
     if config.uses_letters:
-        how = "trained in stage 2"
+        line = "Reward model forward pass...", "", "trained in stage 2"
     if config.reward == "human":
-        owner, how, why = "Human's Rule", "no model", "The human rates whole words"
+        owner, line = "Human's Rule", ("The human's rule is applied...",)
+        why = "The human rates whole words"
     return page(
         f"Step 3: Score responses ({owner})",
-        (f"{owner.capitalize()} forward pass...", "", how),
+        line,
         ("Scores: ", listed(seen.step.scores)),
         "A score says how much a response should be liked: the higher, the better.",
         "Why one number for a whole response?",
-        f"{why}, so the score is for a whole response, too.",
+        f"{why}, so a score is for a whole response, too.",
     )
 
 
@@ -1737,13 +1779,14 @@ def kl_page(seen, config):
         ("Reference log probs: ", *preview(step.ref_logprobs, mask)),
         ("KL divergence per token: ", mask.shape, listed(first, 3)),
         ("Mean KL: ", fixed(masked_mean(step.kl, mask), 3), by),
-        f"""The KL says how far the actor has moved from the reference. A training starts at 0;
-        here --drift {config.start_drift:g} has moved the actor, as if it had begun. k1, k2 and k3
-        are estimates from the sampled token alone. The exact KL needs both models' logits.""",
+        f"""The KL divergence says how far the actor's probabilities p are from the reference's q.
+        It is 0 if they are equal, as at the start of a training; here --drift
+        {config.start_drift:g} has moved the actor, as if training had begun. k1, k2 and k3
+        estimate it from the sampled token alone.""",
         table(columns, left=2),
-        "Why can the KL of a token be negative?",
-        f"""Only the estimate k1 can. It is negative where the reference finds the sampled token
-        likelier than the actor does, here on {negative:.0%} of the tokens.""",
+        "Why can an estimate of the KL be negative?",
+        f"""k1 is negative where the reference finds the sampled token likelier than the actor
+        does, here on {negative:.0%} of the tokens. The exact KL is never negative.""",
     )
 
 
@@ -1770,7 +1813,8 @@ def rewards_page(seen, config):
         ("Total rewards: ", listed(totals)),
         says,
         "Why does the score stand on the last token?",
-        "Only there is the response complete. Step 6 passes it on to earlier tokens.",
+        """It judges the whole response, so it is paid where the response ends. Step 6 tells the
+        earlier tokens.""",
     )
 
 
@@ -1779,8 +1823,10 @@ def advantages_page(seen, config):
     step, mask, group = seen.step, seen.step.mask, config.group_size
     advantages = preview(step.advantages, mask)
     whitened = [("Whitened: ", *preview(step.loss_advantages, mask))]
-    scaled = """Whitening then shifts and scales all advantages to mean 0 and variance 1, so that
-        the scale of the scores does not matter."""
+    std = step.advantages[mask != 0].std(ddof=min(1, np.count_nonzero(mask) - 1))
+    scaled = f"""Whitening then subtracts their mean and divides by their standard deviation,
+        {fixed(std, 3)}, so that the size of the update does not depend on the rewards' scale."""
+    expected = "what the critic predicted"
     if config.method == "ppo":
         heading, gamma, lam = "Critic + GAE", f"{config.gamma:g}", f"{config.lam:g}"
         values = preview(step.values, mask)
@@ -1788,7 +1834,8 @@ def advantages_page(seen, config):
         lines += [("GAE advantages: ", *advantages), *whitened]
         says = """Before each token the critic predicts the reward to come: the value. A token's
             advantage says how much better than predicted it went. Generalized advantage estimation
-            (GAE) goes from the last token, after which value and advantage are 0, to the first:"""
+            (GAE) goes from the last token, after which value and advantage are 0, to the first. γ
+            discounts later rewards, and λ sets how far back a surprise δ is passed:"""
         check = [
             ("    δ[t] = reward[t] + γ value[t+1] - value[t]",),
             (
@@ -1797,11 +1844,15 @@ def advantages_page(seen, config):
             ("    return[t] = advantage[t] + value[t], the critic's target",),
         ]
     else:
-        heading = f"{config.method.upper()}, no critic"
+        heading, expected = (
+            f"{config.method.upper()}, no critic",
+            "what its group got",
+        )
         formula = "R - mean of the others' R"
         lines = [("Group advantages: ", *advantages), *whitened]
         if config.method == "grpo":
-            formula, lines = "(R - mean R) / standard deviation of R", lines[:1]
+            formula = f"(R - mean) / std, where std has the divisor {group - 1}"
+            lines = lines[:1]
             scaled = "The division scales the advantages, so they are not whitened."
         says = f"""R is the total reward of a response. The responses to the same prompt serve as
             the baseline: each advantage is {formula}, and all tokens of a response have the same.
@@ -1817,8 +1868,8 @@ def advantages_page(seen, config):
         *check,
         scaled,
         "Why advantages, and not the rewards themselves?",
-        """A high reward may still be below what was expected. Only the difference tells the actor
-        what to do more often.""",
+        f"""A high reward may still be below {expected}. Only the difference tells the actor what
+        to do more often.""",
     )
 
 
@@ -1832,9 +1883,20 @@ def update_page(seen, config):
     columns = {"epoch": [str(epoch + 1) for epoch in epochs]}
     columns["ratio"] = [f"{ratio.min():.3f} .. {ratio.max():.3f}" for ratio in ratios]
     columns["clipped"] = [f"{fraction:.1%}" for fraction in clipped.mean(axis=1)]
-    formula = "mean of -min(ratio * A, clipped ratio * A)"
+    heading = (
+        "PPO update" if config.method == "ppo" else "Update with PPO's clipped loss"
+    )
+    formula, also, gradient = (
+        "mean of -min(ratio * A, clipped ratio * A)",
+        "",
+        "gradient",
+    )
     if config.kl_in == "loss":
-        formula = f"-min(ratio A, clipped ratio A) + β {config.kl_estimator}"
+        formula = f"the clipped loss plus β * mean {config.kl_estimator}"
+        also, gradient = (
+            f", plus β times the mean {config.kl_estimator}",
+            "clipped gradient",
+        )
     lines = []
     formulas = {"Actor": formula, "Critic": "mean of (value - return)^2"}
     for owner, losses in ("Actor", step.actor_loss), ("Critic", step.critic_loss):
@@ -1843,19 +1905,19 @@ def update_page(seen, config):
             lines.append((f"{owner} loss: ", fixed(losses[-1], 3), formulas[owner]))
     which = "group" if config.method == "grpo" else "whitened"
     return page(
-        "Step 7: PPO update",
+        f"Step 7: {heading}",
         ("Ratio = exp(new_log_prob - old_log_prob)",),
         (f"Clipped ratio: clip(ratio, {low}, {high})",),
         table(columns),
         *lines,
-        f"""A is the {which} advantage. Each epoch is one update on the whole batch. It makes tokens
-        with A > 0 more likely and the others less likely.""",
-        "Why is the ratio 1 in the first epoch?",
-        """The actor is still the one that wrote the responses. The loss is then minus the mean of
-        A, yet it has a gradient: raising the ratio of a token with A > 0 lowers the loss.""",
+        f"""A is a token's {which} advantage. Each epoch is an update on the whole batch, and its
+        row is from before the update.""",
+        "Why is the ratio 1 in the first epoch, and what is learned then?",
+        f"""The actor still is the one that wrote the responses. The loss is minus the mean of
+        A{also}; it has a gradient, since raising a ratio with A > 0 lowers the loss.""",
         "Why is the ratio clipped?",
-        f"""Above {high} where A > 0, and below {low} where A < 0, a token's gradient is 0. So one
-        batch cannot push the actor far from the policy that wrote it.""",
+        f"""Above {high} where A > 0, and below {low} where A < 0, a token's {gradient} is 0. It no
+        longer pushes its own ratio away from 1; clipped is the fraction of such tokens.""",
         Text(""),
         ("Update complete!",),
     )
@@ -1872,7 +1934,7 @@ def effect_page(seen, config):
     columns["mean A"] = map(fixed, means)
     sums = {"log prob": before, "after": after, "change": after - before}
     columns |= {head: [fixed(x, 3) for x in values] for head, values in sums.items()}
-    unit, scale = ("MB", 1e6) if config.vocab_size > 1000 else ("kB", 1e3)
+    unit, scale = unit_of(config)
     forward, backward, *sizes = zip(*seen.costs.values())
     costs = {"model": [name.replace("_", " ") for name in seen.costs]}
     costs |= {"passes forward": forward, "backward": backward}
@@ -1886,8 +1948,9 @@ def effect_page(seen, config):
         positive one should become more likely, with a negative one less: {followed} of {count} did.
         All responses share the same weights, so some move the other way.""",
         table(costs),
-        """This is what the step cost. A model that learns also needs gradients and Adam's running
-        means m (of g) and v (of g²). The others are frozen.""",
+        """This is what the step cost: one pass to generate, score or predict, then one per epoch
+        to learn. What learns also needs gradients g and Adam's running means m of g and v of g².
+        The others are frozen.""",
     )
 
 
@@ -1901,7 +1964,8 @@ def response_page(seen, config, row):
     arrays = {"actor": (step.old_logprobs, 4), "reference": (step.ref_logprobs, 4)}
     arrays |= {"KL": (step.kl, 3), "reward": (step.rewards, 3)}
     arrays |= {"value": (step.values, 4), "advantage": (step.advantages, 2)}
-    arrays |= {"A": (step.loss_advantages, 2)}
+    if config.method != "grpo":  # there A is the advantage itself
+        arrays["A"] = step.loss_advantages, 2
     for head, (array, digits) in arrays.items():
         if array is not None:
             columns[head] = [fixed(x, digits) for x in array[row, real]]
@@ -1911,8 +1975,8 @@ def response_page(seen, config, row):
     return page(
         f"Response {row}: {text}, score {fixed(step.scores[row], 3)}",
         table(columns, left=0, gap=1),
-        """actor and reference are log probs. A is the advantage that the loss uses. ratio is that
-        of the last epoch; * marks a clipped one, whose token has a gradient of 0.""",
+        """actor and reference are log probs; A is the advantage that the loss uses, whitened. The
+        ratio is from before the last update, and * marks a clipped one.""",
     )
 
 
@@ -1925,16 +1989,20 @@ def training_page(run, number):
     for head, name in METRICS.items():
         if name in history:
             columns[head] = [fixed(mean) for mean in window_means(history[name])[1]]
-    about = f"""Each row is a mean over some of the {config.steps} steps. score: what the
-        {config.reward} reward gives. KL: nats per response."""
+    scorer = "human's rule" if config.reward == "human" else "reward model"
+    about = f"""Each row is a mean over the steps in its first column; the two responses are from
+        the last of these. score is by the {scorer}, KL in nats per response."""
     if config.uses_letters:
-        about += " human: the human's opinion, 0 to 1. words: the fraction that are real words."
+        about += """ human is the human's opinion, from 0 to 1, and words the fraction of responses
+            that are in the training list."""
     if config.method == "dpo":
-        about += " DPO learns from pairs, not from these responses."
+        std = float(run.models.reward_model["score_std"][0])
+        about += f""" DPO learns from pairs, not from these responses. Its β is {config.beta:g}
+            times {std:.2f}, by which the scores were divided."""
     else:
         clipped = window_means(history["policy/clipfrac_avg"])[1]
         columns["clipped"] = [f"{fraction:.1%}" for fraction in clipped]
-        about += " clipped: the fraction of tokens whose gradient the clip stops."
+        about += " clipped is the fraction of tokens whose gradient the clip stops."
     texts = [words_line("", run.texts[end - 1], config) for end in ends]
     columns["two responses"] = texts
     heading = Text(
@@ -1953,7 +2021,8 @@ def chart_page(runs, width=60, height=10):
         kl = [x.mean() for x in np.array_split(run.history["objective/kl"], parts)]
         opinions = np.array_split(run.history["objective/human_scores"], parts)
         human = [x.mean() for x in opinions]
-        start = kl[0], human[0], ("S", "bold")
+        first = (run.history[METRICS[name]][0] for name in ("KL", "human"))
+        start = *first, ("S", "bold")
         points = [*zip(kl, human, [look] * parts), *points, start]
         legend += [Text(" " * 10)] if number % 3 == 0 else []
         legend[-1].append(f"{look[0]} {run.label:<20}", look[1])
@@ -1966,7 +2035,7 @@ def chart_page(runs, width=60, height=10):
     labels = [fixed(high), *[""] * (height - 2), fixed(low)]
     return page(
         "The human's opinion over KL: from the first step (S) to the last",
-        Text("   human, 0 to 1"),
+        Text("   human, 0 to 1; each mark is a mean over a sixtieth of the training"),
         *[Text.assemble(f"  {y:>6} │", *cells) for y, cells in zip(labels, grid)],
         Text("         └" + "─" * width),
         Text(
@@ -1991,13 +2060,14 @@ def outcome_page(runs):
         lines.append(Text.assemble("    ", (said, style), figures))
         hacked.setdefault(run.config.reward, set()).add(said == "Reward hacking")
     if True in hacked.get("learned", ()) and hacked.get("human") == {False}:
-        lines.append("""The human's own rule as the reward is not hacked. So the training is right,
-            and what gets hacked are the mistakes of the learned reward model.""")
+        lines.append("""With the human's rule as the reward, the human's opinion stays high. So the
+            hacking comes from the mistakes of the learned reward model.""")
     return page(
         "What came of it: six words from the same first letters",
-        """The reference writes words, and each actor started as its copy. Real words are bold and
-        green, other strings red and underlined. β is the price of moving away from the reference.
-        human: the human's opinion, at the start, at its best and at the end.""",
+        """The reference writes words, and each actor started from it. Words of the training
+        list are bold and green, other strings red and underlined. β is the price of moving away
+        from the reference. human is the human's opinion of a word, from 0 to 1; words is the
+        fraction of responses that are in the training list.""",
         words_line("  reference     ", runs[0].words["reference"], config),
         *lines,
     )
@@ -2008,7 +2078,7 @@ def optimum_page(runs):
     labels = [Text(r.label, f"bold {COLOURS[n % 8]}") for n, r in enumerate(runs)]
     means, best = {"fresh responses": labels}, {"": labels}
     for head in METRICS:
-        means[head] = [fixed(run.theory[head.lower()]) for run in runs]
+        means[head] = [fixed(run.theory[head.lower()], 3) for run in runs]
     best["J_start"] = [fixed(run.theory["J_start"], 3) for run in runs]
     for name in ("J", "J_star", "share"):
         results = [(run.theory[name], run.theory[f"{name}_error"]) for run in runs]
@@ -2018,10 +2088,11 @@ def optimum_page(runs):
         table(means),
         Text(""),
         table(best),
-        """For experts. Training maximizes J = score - β * KL. J_start is the reference's, J_star
-        that of the best possible policy, and share = (J - J_start) / (J_star - J_start). ± is one
-        standard error. A dash means that a figure is too noisy to report, or has no limit (β 0).
-        Compare J between rows of the same β and the same reward.""",
+        """These are new responses, many more than in a row of a training. For experts: J = score -
+        β * KL is what PPO and RLOO aim at. J_start is the reference's, J_star that of the best
+        possible policy, estimated anew for each actor, and share = (J - J_start) / (J_star -
+        J_start). ± is one standard error. A dash means that a figure is too noisy to report, or
+        that there is no best (β 0). Compare J between rows of the same β and the same reward.""",
     )
 
 
@@ -2126,8 +2197,10 @@ def make_parser():
     groups = {name: parser.add_argument_group(name) for name in names}
     groups[
         "algorithm"
-    ].description = "Give several betas, methods or rewards to compare."
-    groups["sizes"].add_argument("--preset", choices=PRESETS, help="defaults (gpt2)")
+    ].description = "Several betas, methods or rewards are compared."
+    groups["sizes"].add_argument(
+        "--preset", choices=PRESETS, help="defaults; in brackets: those of gpt2"
+    )
     for item in fields(Config):
         default = "0 in a training" if item.default is None else item.default
         options = {"type": item.type, "help": f"{item.metadata['help']} ({default})"}
