@@ -1409,7 +1409,7 @@ def estimator_warning(config):
     if config.kl_in == "loss" and name == "k1":
         return "k1 in the loss restrains nothing: its expected gradient is 0."
     if config.kl_in == "reward" and name != "k1":
-        return f"{name} in the reward restrains too little: its gradient is not KL's."
+        return f"{name} in the reward restrains otherwise: its gradient is not KL's."
     return ""
 
 
@@ -1546,7 +1546,7 @@ STYLES |= {"word": GOOD, "string": "italic underline #e12c2c"}
 VERDICTS = {"Better liked, in words": GOOD, "Words are being lost": WARNING}
 VERDICTS |= {"Reward hacking": BAD, "Training collapsed": BAD}  # others are bold
 MARKS = "●○△#+x%&"
-COLOURS = "#088199 #c932b0 #957000 #1870ec #a347e5 #757575 #b85c00 #df2070".split()
+COLOURS = "#c525d3 #697e00 #765eed #657697 #bf5622 #cf4064 #4a8321 #757575".split()
 BLACK = TerminalTheme((0, 0, 0), (217, 217, 217), [(0, 0, 0)] * 8)
 
 
@@ -2084,14 +2084,15 @@ def chart_page(runs, width=60, height=10):
 def outcome_page(runs):
     """What the trainings came to, in words."""
     config, lines, hacked = runs[0].config, [], {}
+    width = max(len(run.label) for run in runs) + 4
     for number, run in enumerate(runs):
         said, history = verdict(run.history), run.history
         human = window_means(history["objective/human_scores"])[1]
         words = [fixed(x) for x in window_means(history["val/words"])[1]]
         figures = f": human {fixed(human[0])}, best {fixed(max(human))}, "
         figures += f"end {fixed(human[-1])}; words {words[0]} to {words[-1]}"
-        label = Text(f"  {run.label:<14}", f"bold {COLOURS[number % 8]}")
-        lines.append(label + words_line("", run.words["actor"], config))
+        label = f"  {run.label}".ljust(width), f"bold {COLOURS[number % 8]}"
+        lines.append(Text.assemble(label, words_line("", run.words["actor"], config)))
         style = VERDICTS.get(said, "bold")
         lines.append(Text.assemble("    ", (said, style), figures))
         hacked.setdefault(run.config.reward, set()).add(said == "Reward hacking")
@@ -2105,7 +2106,7 @@ def outcome_page(runs):
         from the reference. human is the human's opinion, from 0 to 1: at first, at its best and at
         the end. words is the fraction of responses in the training list. Reward hacking means that
         the score rose and the human's opinion fell below its start.""",
-        words_line("  reference     ", runs[0].words["reference"], config),
+        words_line("  reference".ljust(width), runs[0].words["reference"], config),
         *lines,
     )
 

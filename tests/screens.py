@@ -92,6 +92,8 @@ def table(page, first, gap=2):
     rows = []
     for line in lines[top:]:
         cells = re.split(rf"\s{{{gap},}}", line.strip())
+        if rows and gap > 1:  # a last cell may hold several words
+            cells = cells[: len(rows[0])]
         if rows and len(cells) != len(rows[0]):
             break
         rows.append(cells)
