@@ -18,6 +18,7 @@ from conftest import least_loss, real_tokens, slow_human, slow_logprobs, texts_o
 SMALL = loop.Config(batch_size=8, prompt_length=3, response_length=5, vocab_size=6, width=8)
 SMALL = replace(SMALL, learning_rate=0.02, clip=0.05, drift=0.5)
 LETTERS = loop.configure("letters", seed=1, steps=3)
+diverged = partial(pytest.raises, FloatingPointError)
 FIGURES = "J_start", "J", "J_star", "share"
 
 
@@ -32,11 +33,6 @@ def readers(texts, config):
     texts = texts_of(texts.prompts, texts.responses, texts.mask)
     words = [f"{word}." for word in loop.WORDS if len(word) <= config.response_length]
     return [slow_human(text.rstrip(".")) for text in texts], [text in words for text in texts]
-
-
-def stopped(number):
-    """Expect the error that names the step that diverged."""
-    return pytest.raises(FloatingPointError, match=rf"^step {number} diverged\. Lower ")
 
 
 def expected_metrics(step, config, number):
@@ -101,29 +97,27 @@ def test_metrics_have_the_names_of_trl_and_the_values_of_their_step(name, stages
 
 
 def test_a_bad_weight_or_loss_or_no_good_ratio_is_the_end(stages, monkeypatch):
-    def ratios(*values):
-        return lambda models, step: np.place(step.ratio[-1], step.mask == 1, values)
-
-    def weights(model, value):
-        return lambda models, step: getattr(models, model)["embed"].put(3, value)
-
-    bad = [weights(*x) for x in itertools.product(["actor", "critic"], [np.nan, -np.inf, 1e6])]
-    bad += [ratios(0.0), ratios(np.inf), ratios(0.0, np.inf)]
-    bad += [lambda models, step: step.actor_loss.put(1, np.nan)]
-    for spoil in [ratios(0.0, np.inf, 0.5), weights("actor", -9e5), *bad]:
+    bad = [*itertools.product(["actor", "critic"], [np.nan, -np.inf, 1e6]), ("loss", np.nan)]
+    bad += [("ratio", values) for values in ([0.0], [np.inf], [0.0, np.inf])]
+    for name, value in [("actor", -9e5), ("ratio", [0.0, np.inf, 0.5]), *bad]:
         models = loop.prepare(SMALL)
         (step,) = loop.core_loop(models, SMALL)
-        spoil(models, step)
-        with stopped(7) if spoil in bad else contextlib.nullcontext():
+        if name == "ratio":
+            np.place(step.ratio[-1], step.mask == 1, value)
+        else:
+            spoiled = step.actor_loss if name == "loss" else getattr(models, name)["embed"]
+            spoiled.flat[3] = value
+        is_bad = (name, value) in bad
+        with diverged(match="^step 7 diverged") if is_bad else contextlib.nullcontext():
             loop.check_finite(models, step, 7)
     config = replace(SMALL, learning_rate=1e38)
     for run in (loop.walk_through, lambda *given: next(loop.train(*given))):
-        with np.errstate(all="ignore"), stopped(1):
+        with np.errstate(all="ignore"), diverged(match="^step 1 diverged"):
             run(loop.prepare(config), config)
     monkeypatch.setattr(loop, "dpo_loop", lambda *_: iter([0.7, math.nan, 0.6]))
     run = loop.train(loop.prepare(TRAINED["dpo"], stages), TRAINED["dpo"])
     assert next(run)[0]["loss/policy_avg"] == 0.7
-    with stopped(2):
+    with diverged(match="^step 2 diverged"):
         next(run)
 
 
@@ -171,11 +165,10 @@ def test_the_costs_of_a_step_are_what_its_calls_and_arrays_add_up_to(method, hum
         monkeypatch.setattr(loop, name, partial(watched, name, vars(loop)[name]))
     list(loop.core_loop(models, config))
     costs = loop.step_costs(models, config)
-    dicts = {name: model for name, model in models._asdict().items() if isinstance(model, dict)}
-    assert costs.keys() == dicts.keys()
     assert ("critic" in costs, "reward_model" in costs) == (method == "ppo", not human)
-    for name, model in dicts.items():
-        write, read, learn, adam = (calls.count((n, id(model))) for n in WATCHED)
+    for name in {"actor", "reference", *costs}:
+        model = getattr(models, name)
+        write, read, learn, adam = (calls.count((call, id(model))) for call in WATCHED)
         size = sum(weights.nbytes for weights in model.values())
         gradients = size if adam else 0  # Adam's two moments are as large as these
         assert costs[name] == (write + read, learn, size, gradients, 2 * gradients)
@@ -220,20 +213,17 @@ def test_theory_and_the_six_words_read_new_responses_of_both_policies(stages):
     assert found["words"] > 0.3
 
 
-@pytest.mark.parametrize("steps", [2, 3, 7, 8, 60])
-def test_means_over_windows_that_double_and_the_error_of_each(steps):
-    """The mean square of an error is the variance of its mean."""
-    noise = np.random.default_rng(steps).standard_normal((2000, steps))
-    starts, means, errors = np.moveaxis([loop.window_means(row) for row in noise], 1, 0)
-    assert [*starts[0]] == [start for start in (0, 1, 3, 7, 15, 31) if start < steps]
-    for start, column in zip(starts[0].astype(int), means.T):
-        np.testing.assert_allclose(column, noise[:, start : 2 * start + 1].mean(axis=1))
-    np.testing.assert_allclose(np.mean(errors**2, axis=0) / means.var(axis=0), 1, rtol=0.15)
-
-
-def test_a_change_counts_from_three_of_its_errors_and_from_the_least_that_counts():
-    """Of 15 steps the first is at 0, the last 8 at c, and one between at 1. The variance of a
-    step is (2 + c²) / 28, that of the change (1 + 1/8) times that: c is three errors at 1.064."""
+def test_means_and_errors_are_of_windows_that_double_and_a_change_is_three_errors():
+    """The mean square of an error is the variance of its mean. Below, the first of 15 steps is
+    at 0, the last 8 at c, and one between at 1. The variance of a step is (2 + c²) / 28, and
+    that of the change (1 + 1/8) times that: c is three errors at 1.064."""
+    for steps in (2, 3, 7, 8, 60):
+        noise = np.random.default_rng(steps).standard_normal((2000, steps))
+        starts, means, errors = np.moveaxis([loop.window_means(row) for row in noise], 1, 0)
+        assert [*starts[0]] == [start for start in (0, 1, 3, 7, 15, 31) if start < steps]
+        for start, column in zip(starts[0].astype(int), means.T):
+            np.testing.assert_allclose(column, noise[:, start : 2 * start + 1].mean(axis=1))
+        np.testing.assert_allclose(np.mean(errors**2, axis=0) / means.var(axis=0), 1, rtol=0.15)
     for c, sign in itertools.product((1.06, 1.07), (1, -1)):
         values = sign * np.array([0, 0, 0, 1, 0, 0, 0] + [c] * 8)
         assert loop.direction(values, 0.1) == (sign if c > 1.064 else 0)
@@ -266,15 +256,14 @@ def test_a_verdict_follows_from_the_figures_and_noise_is_never_called_hacking():
     assert verdicts.count("No clear change") > 960
 
 
-def test_too_high_a_rate_ends_as_a_collapse_and_what_was_not_reached_is_missing(stages):
+def test_too_high_a_rate_is_a_collapse_and_steps_that_were_not_reached_are_nan(stages):
     """The letters at --learning-rate 2 --steps 30 --seed 1."""
     config = replace(LETTERS, learning_rate=2.0, steps=30)
-    models = loop.prepare(config, stages)
-    run = loop.Run(config, "", models, [m for m, _ in loop.train(models, config)], [], {}, {})
+    seen = [metrics for metrics, _ in loop.train(loop.prepare(config, stages), config)]
+    run, part, none = (loop.Run(config, "", None, x, [], {}, {}) for x in (seen, seen[:2], []))
     assert loop.verdict(run.history) == "Training collapsed"
-    part = replace(run, metrics=run.metrics[:2]).history
-    np.testing.assert_equal(part["episode"], [64, 128, *[np.nan] * 28])
-    assert (part.keys(), replace(run, metrics=[]).history) == (run.metrics[0].keys(), {})
+    np.testing.assert_equal(part.history["episode"], [64, 128, *[np.nan] * 28])
+    assert (part.history.keys(), none.history) == (seen[0].keys(), {})
 
 
 def test_a_warning_where_the_kl_does_not_restrain_the_actor():
@@ -287,33 +276,25 @@ def test_a_warning_where_the_kl_does_not_restrain_the_actor():
         assert loop.estimator_warning(replace(config, beta=0.0)) == ""
 
 
-@pytest.mark.parametrize("beta", [0.4, 5.0])
-def test_the_optimum_is_that_of_a_sum_over_all_responses(beta):
+def test_the_optimum_is_that_of_a_sum_over_all_responses_unless_one_outweighs_the_others():
     """Each of seven responses (V 3, T 2) stands as often among 200 as its probability says, so
     the estimate is exact. Scores of 10^4 are more than exp can hold."""
     reference, actor = np.array([[40, 6, 24, 30, 12, 8, 80], [10, 4, 90, 36, 20, 20, 20]])
     scores = np.array([[0.5, -1, 2, 0.3, 1, 1.7, -0.4], [0, 1, 2, -1, 0.5, 0.2, -2]])
     row = np.repeat(np.tile(np.arange(7), 2), [*reference, *actor])
     leads = np.tile(np.log(actor / reference)[row], (2, 1))
-    best, weights, _ = loop.optimum(scores[:, row], leads, beta)
-    tilted = reference / 200 * np.exp(scores / beta)
-    np.testing.assert_allclose(best, beta * np.log(tilted.sum(axis=1)), rtol=1e-9)
-    found = [np.bincount(row, x) for x in weights]
-    np.testing.assert_allclose(found, tilted / tilted.sum(axis=1, keepdims=True), rtol=1e-9)
-    shifted = loop.optimum(scores[:, row] + 1e4, leads, beta)
-    np.testing.assert_allclose(shifted[0], best + 1e4, rtol=1e-9)
-    np.testing.assert_allclose(shifted[1], weights, rtol=1e-6)
-
-
-def test_no_optimum_if_one_response_outweighs_the_others_and_the_bias_of_a_logarithm():
-    """A logarithm of a mean is too low in the mean: of eight coins each, in all cases."""
-    scores = np.zeros((2, 9))
+    for beta, shift in itertools.product((0.4, 5.0), (0, 1e4, -1e4)):
+        best, weights, _ = loop.optimum(scores[:, row] + shift, leads, beta)
+        tilted = reference / 200 * np.exp(scores / beta)
+        np.testing.assert_allclose(best, shift + beta * np.log(tilted.sum(axis=1)), rtol=1e-9)
+        found = [np.bincount(row, x) for x in weights]
+        np.testing.assert_allclose(found, tilted / tilted.sum(axis=1, keepdims=True), rtol=1e-6)
     assert np.isnan(loop.optimum(scores, scores, 0.0)[0]).tolist() == [True, True]
     for weight in (7.9, 8.1):  # against eight of weight 1
-        scores[1, 3] = math.log(weight)
+        scores = np.array([[0.0] * 9, [math.log(weight)] + [0.0] * 8])
         assert np.isnan(loop.optimum(scores / 10, 0 * scores, 0.1)[0]).all() == (weight > 8)
-    coins = np.array([*itertools.product((0.0, 1.0), repeat=8)])
-    best, _, bias = loop.optimum(coins, 0 * coins, 2.0)
+    coins = np.array([*itertools.product((0.0, 1.0), repeat=8)])  # all cases of eight coins
+    best, _, bias = loop.optimum(coins, 0 * coins, 2.0)  # a logarithm of a mean is too low
     assert bias == pytest.approx(best.mean() - 2 * math.log((1 + math.exp(0.5)) / 2), rel=0.1)
 
 
@@ -354,7 +335,7 @@ def test_theory_knows_the_optimum_and_its_errors_are_the_spread():
 
 @pytest.mark.claims
 @pytest.mark.parametrize("beta", [0.2, 1.0])
-def test_two_errors_hold_nine_in_ten_of_twenty_repetitions_of_each_figure(beta, stages):
+def test_two_errors_hold_nine_in_ten_of_twenty_repetitions(beta, stages):
     """J_star, and so the share, may be missing where one response outweighs the others."""
     config = replace(LETTERS, beta=beta, steps=200)
     models = loop.prepare(config, stages)
