@@ -701,7 +701,8 @@ def fine_tune(model, prompts, responses, mask, rng):
     mask (N, T). Returns the losses (400,) in nats per token. Raises ValueError as
     score_responses does. Source: InstructGPT (Ouyang et al. 2022), section 3.5.
     """
-    last_positions(prompts, responses, mask)  # raises if the mask does not fit
+    token_ids(model, prompts, responses)  # raises if they do not fit each other
+    last_positions(prompts, responses, mask)  # nor the mask to them
     state, losses = {}, []
     for update in range(TUNING_UPDATES):
         rows = rng.permutation(len(prompts))[:TUNING_BATCH]
