@@ -828,6 +828,10 @@ def train_reward_model(reward_model, prompts, responses, mask, rng):
     new model with a bias, and (200,). Source: Ziegler et al. 2019, section 2;
     InstructGPT, section 3.5.
     """
+    token_ids(
+        reward_model, prompts, responses
+    )  # raises if they do not fit each other
+    last_positions(prompts, responses, mask)  # nor the mask to them
     reward_model = {name: reward_model[name].copy() for name in WEIGHTS}
     chosen_rows, rejected_rows = np.split(np.arange(len(prompts)), 2)
     state, losses = {}, []
