@@ -91,7 +91,7 @@ def setting(default, rule, meaning, group="algorithm"):
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that affects the algorithm. Raises ValueError if it is out of range."""
+    """All that affects the algorithm. Raises ValueError if it is out of range."""
 
     batch_size: int = setting(4, COUNT, "B, responses in a batch", "sizes")
     prompt_length: int = setting(64, COUNT, "P, tokens in a prompt", "sizes")
@@ -152,10 +152,10 @@ PRESETS = {"gpt2": {}, "letters": LETTERS_PRESET}
 def core_loop(models, config, rng=None):
     """The seven steps, config.steps times: RLHF with PPO, RLOO or GRPO.
 
-    Yields a Step after each update; the caller decides what to do with it. The weights
-    of actor and critic change in place, those of the other models never do. With rloo
-    and grpo there is no critic, and each prompt gets group_size responses. Raises
-    ValueError if the method is dpo, which has a loop of its own: dpo_loop.
+    Yields a Step after each update; the caller decides what to do with it. The
+    weights of actor and critic change in place, those of the other models never do.
+    With rloo and grpo there is no critic, and each prompt gets group_size responses.
+    Raises ValueError if the method is dpo, which has a loop of its own: dpo_loop.
     Source: InstructGPT (Ouyang et al. 2022), section 3.5, and Ziegler et al. 2019.
     """
     if config.method == "dpo":
@@ -263,19 +263,19 @@ class Step:
 
 # ---------------------------------------------------------------- 4. the seven steps
 
-# In sections 4 and 5 a mask is (B, T). It is 0 at padding, and any other number marks a
-# real token. A function that takes a mask ignores whatever stands at padding, NaN too,
-# and its results are 0 there.
-# Arrays of floats are float32 or float64; token ids may have any integer type, and one
-# that is out of range raises ValueError. Gradients are dicts with the weights' names,
-# and losses are scalars. Log probabilities and KL are in nats.
+# In sections 4 and 5 a mask is (B, T). It is 0 at padding, and any other number marks
+# a real token. A function that takes a mask ignores whatever stands at padding, NaN
+# too, and its results are 0 there. Arrays of floats are float32 or float64; token ids
+# may have any integer type, and one that is out of range raises ValueError. Gradients
+# are dicts with the weights' names, and losses are scalars. Log probabilities and KL
+# are in nats.
 
 
 # ANCHOR: sample_prompts
 def sample_prompts(rng, batch_size, prompt_length, vocab_size):
     """Step 1. Draw random prompts (B, P), without the end token V - 1.
 
-    Returns token ids from 0 to V - 2. Source: x ~ D in Ziegler et al. 2019, section 2.
+    Returns ids from 0 to V - 2. Source: x ~ D in Ziegler et al. 2019, section 2.
     """
     return rng.integers(0, vocab_size - 1, size=(batch_size, prompt_length))
     # ANCHOR_END: sample_prompts
@@ -323,9 +323,9 @@ def score_responses(reward_model, prompts, responses, mask):
 
     reward_model is a dict of weights (a trained one has a bias), or your own function
     of (prompts, responses, mask). prompts (B, P) have no padding: it would change the
-    score. Returns (B,). Raises ValueError if shapes differ, a row has no real token, or
-    your function returns anything but B finite numbers. Source: InstructGPT (Ouyang et
-    al. 2022), section 3.5.
+    score. Returns (B,). Raises ValueError if shapes differ, a row has no real token,
+    or your function returns anything but B finite numbers. Source: InstructGPT
+    (Ouyang et al. 2022), section 3.5.
     """
     if callable(reward_model):
         scores = np.asarray(reward_model(prompts, responses, mask))
@@ -359,11 +359,12 @@ def kl_penalty(logprobs, ref_logprobs, estimator="k1"):
 
     k1 = log p_actor - log p_reference    k2 = k1² / 2    k3 = exp(-k1) - 1 + k1
 
-    k1 and k3 are unbiased; k2 is biased, but little near the reference. Only k1 can be
-    negative. In the reward only k1 has KL's own gradient: near the reference, that of
-    k2 and k3 is 0 to first order. In the loss it is the other way round. All (B, T). Raises
-    ValueError if the shapes differ or the estimator is unknown.
-    Source: Schulman 2020, "Approximating KL Divergence".
+    k1 and k3 are unbiased; k2 is biased, but little near the reference. Only k1 can
+    be negative. In the reward only k1 has KL's own gradient: near the reference, that
+    of k2 and k3 is 0 to first order. In the loss it is the other way round. Both
+    arguments are (B, T). Returns (B, T) in nats. Raises ValueError if the shapes
+    differ or the estimator is unknown. Source: Schulman 2020, "Approximating KL
+    Divergence".
     """
     if logprobs.shape != ref_logprobs.shape or estimator not in ("k1", "k2", "k3"):
         raise ValueError("kl_penalty: needs equal shapes, and k1, k2 or k3")
@@ -378,13 +379,13 @@ def kl_penalty(logprobs, ref_logprobs, estimator="k1"):
 
 # ANCHOR: shape_rewards
 def shape_rewards(scores, kl, mask, beta):
-    """Step 5. Merge scores (B,) and KL (B, T) into one reward per token, (B, T).
+    """Step 5. Merge scores and KL into one reward per token.
 
     reward[t] = -β kl[t], plus the score on the last real token
 
-    The score judges the whole response, so it is paid where that ends. β is in score
-    per nat. Raises ValueError if the shapes differ or a row has no real token.
-    Source: Ziegler et al. 2019, equation 2.
+    The score judges the whole response, so it is paid where that ends. scores (B,),
+    kl (B, T) in nats, β in score per nat. Returns (B, T). Raises ValueError if the
+    shapes differ or a row has no real token. Source: Ziegler et al. 2019, equation 2.
     """
     fits = kl.shape == mask.shape and scores.shape == mask.shape[:1]
     if not fits or not mask.any(axis=1).all():
@@ -402,7 +403,7 @@ def critic_values(critic, prompts, responses):
 
     value[t] = hidden[P - 1 + t] @ head, the state before token t is chosen
 
-    Returns (B, T); padding is not zeroed. Source: V in Schulman et al. 2016, section 2.
+    Returns (B, T); padding is not zeroed. Source: V in Schulman et al. 2016, sec. 2.
     """
     states, _ = predicting_states(critic, prompts, responses)  # (B, T, D)
     return (states @ critic["head"])[..., 0]  # (B, T, D) -> (B, T)
@@ -418,9 +419,9 @@ def gae(rewards, values, mask, gamma, lam):
     return[t] = advantage[t] + value[t]
 
     Here t + 1 is the next real token; after the last one, value and advantage are 0.
-    λ = 0 leaves the TD error δ; λ = 1 the sum of the discounted rewards to come, minus
-    the value. All (B, T). Returns (advantages, returns). Raises ValueError if the
-    shapes differ. Source: Schulman et al. 2016, equations 11 and 16 to 18.
+    λ = 0 leaves the TD error δ; λ = 1 the sum of the discounted rewards to come,
+    minus the value. All (B, T). Returns (advantages, returns). Raises ValueError if
+    the shapes differ. Source: Schulman et al. 2016, equations 11 and 16 to 18.
     """
     if not rewards.shape == values.shape == mask.shape:
         raise ValueError("rewards, values and mask must have the same shape")
@@ -444,9 +445,9 @@ def rloo_advantages(rewards, mask, group_size):
     advantage = R - mean of the other R's, where R is the sum of a response's rewards
 
     RLOO as published is REINFORCE; here its advantages are whitened and go into PPO's
-    clipped loss. group_size adjacent rows answer the same prompt. All (B, T); the
-    tokens of a response share its advantage. Raises ValueError if the shapes differ or a group is
-    incomplete. Source: Ahmadian et al. 2024 (RLOO).
+    clipped loss. group_size adjacent rows answer the same prompt. rewards (B, T).
+    Returns (B, T): the tokens of a response share its advantage. Raises ValueError if
+    the shapes differ or a group is incomplete. Source: Ahmadian et al. 2024 (RLOO).
     """
     if rewards.shape != mask.shape or group_size < 2 or len(mask) % group_size:
         raise ValueError("rewards, mask: shapes differ, or groups are not complete")
@@ -466,8 +467,9 @@ def grpo_advantages(rewards, mask, group_size):
 
     The group's std is divided by G - 1. GRPO as published has the KL in the loss, and
     takes the mean of the loss over each response first; here it is over all tokens.
-    Arguments, result and errors (Raises ValueError) are those of rloo_advantages,
-    (B, T). Source: Shao et al. 2024 (GRPO), section 4.1.2.
+    rewards (B, T). Returns (B, T): the tokens of a response share its advantage.
+    Raises ValueError if the shapes differ or a group is incomplete. Source: Shao et
+    al. 2024 (GRPO), section 4.1.2.
     """
     if rewards.shape != mask.shape or group_size < 2 or len(mask) % group_size:
         raise ValueError("rewards, mask: shapes differ, or groups are not complete")
@@ -487,8 +489,9 @@ def whiten(x, mask):
     (x - mean) / sqrt(variance + 1e-8)
 
     The variance is divided by n - 1; that of a single token counts as 0. Sums are in
-    float64, because rounding in float32 would tell equal numbers apart. All (B, T).
-    Raises ValueError if shapes differ or no token is real. Source: masked_whiten in TRL.
+    float64, because rounding in float32 would tell equal numbers apart. x (B, T).
+    Returns (B, T). Raises ValueError if the shapes differ or no token is real.
+    Source: masked_whiten in TRL.
     """
     if x.shape != mask.shape or not mask.any():
         raise ValueError("x, mask: shapes differ, or no token is real")
@@ -507,10 +510,10 @@ def ppo_loss(new_logprobs, old_logprobs, advantages, mask, clip):
     loss = mean over real tokens of -min(ratio A, clip(ratio, 1 - ε, 1 + ε) A)
     d loss / d new = -ratio A / n where ratio A <= clipped ratio A, else 0
 
-    The gradient of a token is 0 once its ratio has left the clip range in the direction
-    that its advantage A asks for. All (B, T). Returns (loss, d_loss/d_new, ratio).
-    Raises ValueError if the shapes differ or no token is real.
-    Source: Schulman et al. 2017, equation 7.
+    The gradient of a token is 0 once its ratio has left the clip range in the
+    direction that its advantage A asks for. All (B, T). Returns (loss, d_loss/d_new,
+    ratio). Raises ValueError if the shapes differ or no token is real. Source:
+    Schulman et al. 2017, equation 7.
     """
     arrays = new_logprobs, old_logprobs, advantages
     if any(x.shape != mask.shape for x in arrays) or not mask.any():
@@ -526,7 +529,7 @@ def ppo_loss(new_logprobs, old_logprobs, advantages, mask, clip):
 
 
 def is_clipped(ratio, advantages, clip):
-    """Where PPO's clip stops the gradient. Its mean over real tokens: clip fraction."""
+    """Where PPO's clip stops the gradient; the mean of this is the clip fraction."""
     return ratio * advantages > np.clip(ratio, 1 - clip, 1 + clip) * advantages
 
 
@@ -538,10 +541,11 @@ def kl_loss(new_logprobs, ref_logprobs, mask, estimator):
     d loss / d new = 1 / n for k1, k1 / n for k2, (1 - exp(-k1)) / n for k3
 
     As in trainers, the sampling is not differentiated. So k1's expected gradient is 0
-    in the first epoch: it restrains nothing. k2's is KL's own, for each token by itself,
-    and k3's is near to it while the actor is near the reference. All (B, T). Returns
-    (loss, d_loss/d_new). Raises ValueError if the shapes differ, no token is real or the
-    estimator is unknown. Source: Shao et al. 2024, equation 4, for k3.
+    in the first epoch: it restrains nothing. k2's is KL's own, for each token by
+    itself, and k3's is near to it while the actor is near the reference. All (B, T).
+    Returns (loss, d_loss/d_new). Raises ValueError if the shapes differ, no token is
+    real or the estimator is unknown. Source: Shao et al. 2024 (GRPO), equation 4, for
+    k3.
     """
     if not new_logprobs.shape == ref_logprobs.shape == mask.shape or not mask.any():
         raise ValueError("logprobs, mask: shapes differ, or no token is real")
@@ -562,8 +566,8 @@ def value_loss(values, returns, mask):
     loss = mean over real tokens of (value - return)²
     d loss / d value = 2 (value - return) / n
 
-    All (B, T). Returns (loss, d_loss/d_values). Raises ValueError if the shapes differ
-    or no token is real. Source: Schulman et al. 2017, section 5 (L^VF).
+    All (B, T). Returns (loss, d_loss/d_values). Raises ValueError if the shapes
+    differ or no token is real. Source: Schulman et al. 2017, section 5 (L^VF).
     """
     if not values.shape == returns.shape == mask.shape or not mask.any():
         raise ValueError("values, returns, mask: shapes differ, or no token is real")
@@ -590,8 +594,8 @@ def actor_gradients(
 
     d loss / d weights = d loss / d new * d new / d weights
 
-    prompts (B, P), the others (B, T). Returns (gradients, loss, ratio); ratio is (B, T).
-    Source: Schulman et al. 2017, equation 7.
+    prompts (B, P), the others (B, T), as is the ratio. Returns (gradients, loss,
+    ratio). Source: Schulman et al. 2017, equation 7.
     """
     new_logprobs, cache = forward_logprobs(actor, prompts, responses)  # (B, T)
     loss, d_new, ratio = ppo_loss(new_logprobs, old_logprobs, advantages, mask, clip)
@@ -626,10 +630,10 @@ def adam_step(params, gradients, state, learning_rate):
 
     m = 0.9 m + 0.1 g    v = 0.999 v + 0.001 g²    p -= rate * m̂ / (sqrt(v̂) + 1e-8)
 
-    m̂ = m / (1 - 0.9^t) and v̂ = v / (1 - 0.999^t) correct for the start at 0. state is
-    {} at first and keeps t, m and v. Raises ValueError, before anything has changed, if
-    a gradient has no parameter of its name and shape, or is new after the first update.
-    Source: Kingma & Ba 2015, algorithm 1.
+    m̂ = m / (1 - 0.9^t) and v̂ = v / (1 - 0.999^t) correct for the start at 0. state
+    is {} at first and keeps t, m and v. Raises ValueError, before anything has
+    changed, if a gradient has no parameter of its name and shape, or is new after the
+    first update. Source: Kingma & Ba 2015, algorithm 1.
     """
     known = state["m"] if state else params
     for name, g in gradients.items():
@@ -693,10 +697,12 @@ def fine_tune(model, prompts, responses, mask, rng):
     d loss / d log p = -1 / n
 
     The mean is over a batch's tokens, so it is not the mean of its parts' means. Each
-    of 400 Adam updates sees at most 128 of the N rows. Returns the losses (400,). Raises
-    ValueError as score_responses does. Source: InstructGPT, section 3.5.
+    of 400 Adam updates sees at most 128 of the N rows: prompts (N, P), responses and
+    mask (N, T). Returns the losses (400,) in nats per token. Raises ValueError as
+    score_responses does. Source: InstructGPT (Ouyang et al. 2022), section 3.5.
     """
-    last_positions(prompts, responses, mask)  # raises if the mask does not fit
+    token_ids(model, prompts, responses)  # raises if they do not fit each other
+    last_positions(prompts, responses, mask)  # nor the mask to them
     state, losses = {}, []
     for update in range(TUNING_UPDATES):
         rows = rng.permutation(len(prompts))[:TUNING_BATCH]
@@ -718,8 +724,8 @@ def human_scores(prompts, responses, mask, vocab_size):
     (1 - |2 vowels / letters - 1|) * distinct letters / letters
 
     They like words with as many vowels as consonants, and no letter twice. Prompt (B,
-    P) and response (B, T) are one word; token V - 1 ends it. Returns 0 for no letters.
-    Source: the gold reward model of Gao et al. 2023; the rule is ours.
+    P) and response (B, T) are one word; token V - 1 ends it. Returns 0 for no
+    letters. Source: the gold reward model of Gao et al. 2023; the rule is ours.
     """
     words = np.concatenate([prompts, responses], axis=1)  # (B, P + T)
     real = np.concatenate([np.ones(prompts.shape), mask], axis=1) != 0
@@ -752,9 +758,9 @@ def collect_preferences(reference, config, rng):
 
     P(the first is chosen) = sigmoid(8 (human(first) - human(second)))
 
-    So the choices are noisy, as people's are. With N = config.preference_pairs, returns
-    (prompts, responses, mask) of 2 N rows: the chosen responses, then the rejected ones
-    in the same order. Source: Christiano et al. 2017, section 2.2.
+    So the choices are noisy, as people's are. With N = config.preference_pairs,
+    returns (prompts, responses, mask) of 2 N rows: the chosen responses, then the
+    rejected ones in the same order. Source: Christiano et al. 2017, section 2.2.
     """
     pairs, vocab_size = config.preference_pairs, config.vocab_size
     prompts = sample_prompts(rng, pairs, config.prompt_length, vocab_size)
@@ -816,11 +822,11 @@ def reward_gradients(reward_model, prompts, responses, mask):
 def train_reward_model(reward_model, prompts, responses, mask, rng):
     """Stage 2. Learn to score as the human chose, in 200 Adam updates on 128 pairs.
 
-    Then the scores are shifted and scaled to mean 0 and standard deviation 1 over these
-    responses; "score_std" keeps what they were divided by. prompts (2 N, P), responses,
-    mask (2 N, T): the chosen ones first. Returns (reward_model, losses): a new model
-    with a bias, and (200,). Source: Ziegler et al. 2019, section 2; InstructGPT,
-    section 3.5.
+    Then the scores are shifted and scaled to mean 0 and standard deviation 1 over
+    these responses; "score_std" keeps what they were divided by. prompts (2 N, P),
+    responses, mask (2 N, T): the chosen ones first. Returns (reward_model, losses): a
+    new model with a bias, and (200,). Source: Ziegler et al. 2019, section 2;
+    InstructGPT, section 3.5.
     """
     reward_model = {name: reward_model[name].copy() for name in WEIGHTS}
     chosen_rows, rejected_rows = np.split(np.arange(len(prompts)), 2)
@@ -855,8 +861,8 @@ class Stages(NamedTuple):
 def learn_from_human(config, rng=None):
     """Both stages before the loop, the first two of InstructGPT. Returns Stages.
 
-    The reward model starts from the weights before fine-tuning: from those after it, it
-    is as accurate, but hacked at beta 0 on some seeds only.
+    The reward model starts from the weights before fine-tuning: from those after it,
+    it is as accurate, but hacked at beta 0 on some seeds only.
     """
     rng = rng or np.random.default_rng([config.seed, 1])
     untrained = init_model(rng, config.vocab_size, config.width, config.vocab_size)
@@ -879,9 +885,9 @@ def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta):
     implicit reward = β (log p_actor(response) - log p_reference(response))
     loss = mean of -log sigmoid(implicit reward of chosen - that of rejected)
 
-    All (N,): sums of log probabilities over each response's real tokens. Returns (loss,
-    d_loss/d_chosen, d_loss/d_rejected). Raises ValueError if the shapes differ.
-    Source: Rafailov et al. 2023, equation 7.
+    All (N,): sums of log probabilities over each response's real tokens. Returns
+    (loss, d_loss/d_chosen, d_loss/d_rejected). Raises ValueError if the shapes
+    differ. Source: Rafailov et al. 2023, equation 7.
     """
     if chosen.shape != ref_chosen.shape or rejected.shape != ref_rejected.shape:
         raise ValueError("actor's and reference's log probabilities: shapes differ")
@@ -915,10 +921,10 @@ def dpo_loop(models, pairs, config, rng=None):
     """DPO in place of core_loop: config.steps updates on batch_size pairs each.
 
     Changes the actor in place, at a rate of its own that falls from 1e-3 to 0, and
-    yields the loss of each update. Scores in the loop
-    are divided by their standard deviation and implicit rewards are not, so β times
-    that deviation aims at the same optimum. pairs are those of collect_preferences.
-    Source: Rafailov et al. 2023, section 4.
+    yields the loss of each update. Scores in the loop are divided by their standard
+    deviation and implicit rewards are not, so β times that deviation aims at the same
+    optimum. pairs are (prompts, responses, mask) of collect_preferences, (2 N, P) and
+    (2 N, T). Returns a generator. Source: Rafailov et al. 2023, section 4.
     """
     prompts, responses, mask = pairs
     rng = rng or np.random.default_rng([config.seed, 2])
@@ -980,8 +986,9 @@ def init_reward_model(model, rng):
 def init_models(config, rng, reference=None, reward_model=None):
     """All four models as the loop finds them, random unless they are given.
 
-    Actor and critic start from the reference. In the walk-through drift moves the actor
-    off it, and the critic's head off 0, as training would; else the first KL were 0.
+    Actor and critic start from the reference. In the walk-through drift moves the
+    actor off it, and the critic's head off 0, as training would. Otherwise the first
+    KL would be 0.
     """
     sizes, drift = (config.vocab_size, config.width), np.float32(config.start_drift)
     reference = reference or init_model(rng, *sizes, config.vocab_size)
@@ -1008,8 +1015,11 @@ def configure(preset="gpt2", **settings):
 
 
 def prepare(config, stages=None):
-    """The Models that the loop starts with. With letters, the stages before the loop are
-    computed unless they are given. The human's rule is scaled as learned scores are."""
+    """The Models that the loop starts with.
+
+    With letters, the stages before the loop are computed unless they are given. The
+    human's rule is scaled as the learned scores are.
+    """
     rng = np.random.default_rng(config.seed)
     if not config.uses_letters:
         return init_models(config, rng)
@@ -1046,9 +1056,9 @@ def last_positions(prompts, responses, mask):
 
 
 def backbone(model, tokens):
-    """Hidden states of a causal model with one layer, (B, S) -> (B, S, D), and a cache.
+    """Hidden states of a causal model of one layer, (B, S) -> (B, S, D), and a cache.
 
-    context[t] = sum(embed[x[0..t]]) / sqrt(t + 1): uniform attention, constant variance
+    context[t] = sum(embed[x[0..t]]) / sqrt(t + 1), which is uniform attention
     hidden[t] = tanh(embed[x[t]] + context[t] @ context_proj)
     """
     x = model["embed"][tokens]  # (B, S) -> (B, S, D)
@@ -1058,10 +1068,10 @@ def backbone(model, tokens):
 
 
 def backbone_gradients(model, cache, d_states):
-    """Gradients of embed and context_proj, from d loss / d the last T states (B, T, D)."""
+    """Gradients of embed and context_proj, from those of the last T states."""
     tokens, hidden, context = cache
     d_hidden = np.zeros_like(hidden)
-    d_hidden[:, -d_states.shape[1] :] = d_states
+    d_hidden[:, -d_states.shape[1] :] = d_states  # (B, T, D) -> (B, S, D)
     d_before = d_hidden * (1 - hidden**2)  # through tanh
     d_proj = np.einsum("bsd,bse->de", context, d_before, optimize=True)
     d_context = d_before @ model["context_proj"].T
@@ -1077,8 +1087,9 @@ def uniform_attention(x):
 
 
 def predicting_states(model, prompts, responses):
-    """The states that predict the response, (B, T, D), and the cache. Token t is predicted
-    by the state at position P - 1 + t.
+    """The states that predict the response, (B, T, D), and the cache.
+
+    Token t is predicted by the state at position P - 1 + t.
     """
     tokens = token_ids(model, prompts, responses)[:, :-1]  # the last predicts nothing
     hidden, cache = backbone(model, tokens)  # (B, P + T - 1, D)
@@ -1092,8 +1103,10 @@ def log_softmax(logits):
 
 
 def sample_tokens(logits, rng):
-    """Draw a token for each row of logits (B, V): the first where the running sum of the
-    probabilities reaches a random fraction of the total. (tokens, logprobs), (B,) each.
+    """Draw a token for each row of logits (B, V), and its log probability: (B,) each.
+
+    It is the first one where the running sum of the probabilities reaches a random
+    fraction of their total.
     """
     logprobs = log_softmax(logits)
     running = np.cumsum(np.exp(logprobs), axis=1, dtype=np.float64)
@@ -1105,8 +1118,8 @@ def sample_tokens(logits, rng):
 def exact_kl(actor, reference, prompts, responses):
     """KL(actor || reference) at each position: Σ p log(p / q) over the vocabulary.
 
-    prompts (B, P), responses (B, T). Returns (B, T) in nats; padding positions are not
-    zeroed. No (B, T, V) array is ever in memory.
+    prompts (B, P), responses (B, T). Returns (B, T) in nats; padding positions are
+    not zeroed. No (B, T, V) array is ever in memory.
     """
     states, _ = predicting_states(actor, prompts, responses)  # (B, T, D)
     ref_states, _ = predicting_states(reference, prompts, responses)  # (B, T, D)
@@ -1194,7 +1207,7 @@ def masked_mean(x, mask):
 
 
 def sample_step(policy, models, prompts, config, rng):
-    """The first four parts of a Step: a policy's responses, from which nobody learns."""
+    """The first parts of a Step: responses of a policy, from which nobody learns."""
     length, eos_token = config.response_length, config.vocab_size - 1
     responses, mask, logprobs = generate(policy, prompts, length, rng, eos_token)
     scores = score_responses(models.reward_model, prompts, responses, mask)
@@ -1206,10 +1219,11 @@ def sample_step(policy, models, prompts, config, rng):
 def judge_stages(stages, config):
     """What the stages before the loop reached, on new responses: arrays by name.
 
-    best_loss, in nats per token, is that of a model that knows all words by heart: if k
-    words share a first letter, each has probability 1 / k. accuracy is the fraction of
-    pairs whose chosen response scores higher (a tie counts half), and best_accuracy
-    that of a scorer that knows the human's opinions: the choices are noisy.
+    best_loss, in nats per token, is that of a model that knows all words by heart: if
+    k words share a first letter, each has probability 1 / k. accuracy is the fraction
+    of pairs whose chosen response scores higher (a tie counts half), and
+    best_accuracy that of a scorer that knows the human's opinions: the choices are
+    noisy.
     """
     rng, V = np.random.default_rng([config.seed, 5]), config.vocab_size
     letters, _, real = demonstrations(WORDS, config)
@@ -1266,8 +1280,10 @@ def walk_through(models, config):
 
 
 def step_costs(models, config):
-    """{model: passes forward, backward, bytes of weights, gradients, Adam's m and v}. A
-    reward function has no weights, and is left out."""
+    """{model: passes forward, backward, bytes of weights, gradients, Adam's m and v}.
+
+    A reward function has no weights, and is left out.
+    """
     costs = {}
     for name, model in models._asdict().items():
         if isinstance(model, dict):
@@ -1281,7 +1297,8 @@ def step_costs(models, config):
 def train(models, config, pairs=None):
     """Train for config.steps. Yields (metrics, Step) of each step.
 
-    DPO samples nothing, so its Step holds new responses, from which it does not learn.
+    DPO samples nothing, so its Step holds new responses, from which it does not
+    learn.
     """
     if config.method != "dpo":
         for number, step in enumerate(core_loop(models, config), 1):
@@ -1313,8 +1330,10 @@ def check_finite(models, step, number):
 
 
 def text_metrics(step, config):
-    """What responses are judged by, under TRL's names where it has one: means over the
-    batch of sums over a response."""
+    """What responses are judged by, under TRL's names where it has one.
+
+    Means over the batch of sums over a response.
+    """
     ended = (step.responses == config.vocab_size - 1) & (step.mask != 0)
     k1 = kl_penalty(step.old_logprobs, step.ref_logprobs)  # whatever trains the actor
     score, kl = step.scores.mean(), k1.sum(axis=1).mean()
@@ -1391,7 +1410,7 @@ def estimator_warning(config):
     if config.kl_in == "loss" and name == "k1":
         return "k1 in the loss restrains nothing: its expected gradient is 0."
     if config.kl_in == "reward" and name != "k1":
-        return f"{name} in the reward restrains too little: its gradient is not KL's."
+        return f"{name} in the reward restrains otherwise: its gradient is not KL's."
     return ""
 
 
@@ -1400,9 +1419,9 @@ def optimum(scores, leads, beta):
 
     J_star = β log E_reference[exp(score / β)]
 
-    is the largest possible E[score] - β KL (Rafailov et al. 2023, equation 4). Half of
-    the responses are the reference's and half the actor's, so the weight of each is
-    exp(score / β) * reference / mixture. scores and leads = log p_actor - log
+    is the largest possible E[score] - β KL (Rafailov et al. 2023, equation 4). Half
+    of the responses are the reference's and half the actor's, so the weight of each
+    is exp(score / β) * reference / mixture. scores and leads = log p_actor - log
     p_reference are (prompts, responses). NaN at β 0, and if one response carries more
     than half of a prompt's weight. The bias is the jackknife's.
     """
@@ -1423,9 +1442,9 @@ def theory(models, config, count=512):
     """How the actor does on count new responses to each letter, and how near it comes
     to the optimum: floats by name.
 
-    J = score - β KL is the actor's, J_start the reference's, and share = (J - J_start)
-    / (J_star - J_start), NaN if its denominator is less than three of its errors.
-    Errors are standard errors by the delta method, J_star's plus the bias.
+    J = score - β KL is the actor's, J_start the reference's, and share = (J -
+    J_start) / (J_star - J_start), NaN if its denominator is less than three of its
+    errors. Errors are standard errors by the delta method, J_star's plus the bias.
     """
     rng = np.random.default_rng([config.seed, 3])
     prompts = np.repeat(np.arange(config.vocab_size - 1)[:, None], count, axis=0)
@@ -1497,7 +1516,12 @@ def six_words(models, config):
 
 # ---------------------------------------------------------------- 8. the presentation
 
-PICTURE = __doc__.split("\n\n")[3]
+PICTURE = """\
+  prompts ─► actor ─► responses ─┬─► reward model ─► score ────────┐
+               ▲                 ├─► reference ─► KL to the actor ─┴► rewards ─┐
+               │                 └─► critic ────► values ─────────► GAE ◄──────┘
+               │                        ▲                            │
+               └────── PPO update ──────┴─────────── advantages ◄────┘"""
 PICTURE_OF_GROUPS = """\
   prompts ─► actor ─► responses ─┬─► reward model ─► score ────────┐
                ▲                 └─► reference ─► KL to the actor ─┴► rewards ─┐
@@ -1523,7 +1547,7 @@ STYLES |= {"word": GOOD, "string": "italic underline #e12c2c"}
 VERDICTS = {"Better liked, in words": GOOD, "Words are being lost": WARNING}
 VERDICTS |= {"Reward hacking": BAD, "Training collapsed": BAD}  # others are bold
 MARKS = "●○△#+x%&"
-COLOURS = "#088199 #c932b0 #957000 #1870ec #a347e5 #757575 #b85c00 #df2070".split()
+COLOURS = "#c525d3 #697e00 #765eed #657697 #bf5622 #cf4064 #4a8321 #757575".split()
 BLACK = TerminalTheme((0, 0, 0), (217, 217, 217), [(0, 0, 0)] * 8)
 
 
@@ -1621,7 +1645,7 @@ def unit_of(config):
 
 
 def fall(losses):
-    """How a loss fell."""
+    """How a loss fell, and what its two figures are."""
     means = f"{losses[0]:.2f} -> {losses[-20:].mean():.2f}"
     return means, "first update -> mean of the last 20"
 
@@ -1693,8 +1717,9 @@ def choices_page(report, config):
         table(columns, left=2),
         """The loss is -log sigmoid(score of chosen - score of rejected); a coin toss has 0.69, and
         random scores have more. The human is simulated: they rate a word from 0 to 1, highest if
-        it has as many vowels as consonants and repeats no letter. They often choose the word with the higher rating, but
-        not always, so no scorer can predict every choice. ± is one standard error.""",
+        it has as many vowels as consonants and repeats no letter. They often choose the word with
+        the higher rating, but not always, so no scorer can predict every choice. ± is one standard
+        error.""",
         "What does the reward model see of the ratings?",
         """It never sees a rating, only which of two words was preferred. Its scores are then
         scaled to mean 0 and standard deviation 1. It is frozen from now on, and it is unreliable
@@ -1703,7 +1728,7 @@ def choices_page(report, config):
 
 
 def prompts_page(seen, config):
-    """Step 1."""
+    """The page of step 1: prompts."""
     prompts, times = seen.step.prompts, config.group_size
     first, *_ = texts_of(prompts[:, :0], prompts, config)
     grouped = f"{len(prompts) // times} prompts, {times} responses to each"
@@ -1718,7 +1743,7 @@ def prompts_page(seen, config):
 
 
 def responses_page(seen, config):
-    """Step 2."""
+    """The page of step 2: responses."""
     step, mask, V, D = seen.step, seen.step.mask, config.vocab_size, config.width
     (B, T), P = mask.shape, config.prompt_length
     first, *_ = texts_of(step.prompts, step.responses, config)
@@ -1748,7 +1773,7 @@ def responses_page(seen, config):
 
 
 def scores_page(seen, config):
-    """Step 3."""
+    """The page of step 3: scores."""
     owner, line = (
         "Reward Model",
         ("Reward model forward pass...", "", "its weights are random"),
@@ -1770,7 +1795,7 @@ def scores_page(seen, config):
 
 
 def kl_page(seen, config):
-    """Step 4."""
+    """The page of step 4: KL."""
     step, mask, V = seen.step, seen.step.mask, config.vocab_size
     means = {name: masked_mean(x, mask) for name, x in seen.estimates.items()}
     means["exact"] = masked_mean(seen.exact_kl, mask)
@@ -1799,7 +1824,7 @@ def kl_page(seen, config):
 
 
 def rewards_page(seen, config):
-    """Step 5."""
+    """The page of step 5: rewards."""
     step, beta = seen.step, config.beta
     passes = "passes it back" if config.method == "ppo" else "gives its advantage"
     formula = "reward = reward_model_score - β * KL"
@@ -1829,7 +1854,7 @@ def rewards_page(seen, config):
 
 
 def advantages_page(seen, config):
-    """Step 6."""
+    """The page of step 6: advantages."""
     step, mask, group = seen.step, seen.step.mask, config.group_size
     advantages = preview(step.advantages, mask)
     whitened = [("Whitened: ", *preview(step.loss_advantages, mask))]
@@ -1885,7 +1910,7 @@ def advantages_page(seen, config):
 
 
 def update_page(seen, config):
-    """Step 7."""
+    """The page of step 7: the update."""
     step, real = seen.step, seen.step.mask != 0
     low, high = f"{1 - config.clip:g}", f"{1 + config.clip:g}"
     epochs = np.arange(len(step.ratio))
@@ -2060,14 +2085,15 @@ def chart_page(runs, width=60, height=10):
 def outcome_page(runs):
     """What the trainings came to, in words."""
     config, lines, hacked = runs[0].config, [], {}
+    width = max(len(run.label) for run in runs) + 4
     for number, run in enumerate(runs):
         said, history = verdict(run.history), run.history
         human = window_means(history["objective/human_scores"])[1]
         words = [fixed(x) for x in window_means(history["val/words"])[1]]
         figures = f": human {fixed(human[0])}, best {fixed(max(human))}, "
         figures += f"end {fixed(human[-1])}; words {words[0]} to {words[-1]}"
-        label = Text(f"  {run.label:<14}", f"bold {COLOURS[number % 8]}")
-        lines.append(label + words_line("", run.words["actor"], config))
+        label = f"  {run.label}".ljust(width), f"bold {COLOURS[number % 8]}"
+        lines.append(Text.assemble(label, words_line("", run.words["actor"], config)))
         style = VERDICTS.get(said, "bold")
         lines.append(Text.assemble("    ", (said, style), figures))
         hacked.setdefault(run.config.reward, set()).add(said == "Reward hacking")
@@ -2081,7 +2107,7 @@ def outcome_page(runs):
         from the reference. human is the human's opinion, from 0 to 1: at first, at its best and at
         the end. words is the fraction of responses in the training list. Reward hacking means that
         the score rose and the human's opinion fell below its start.""",
-        words_line("  reference     ", runs[0].words["reference"], config),
+        words_line("  reference".ljust(width), runs[0].words["reference"], config),
         *lines,
     )
 
@@ -2115,7 +2141,7 @@ def optimum_page(runs):
 EXAMPLES = """examples:
   python rlhf_loop_pseudo.py --preset letters --only 6 --inspect 3
   python rlhf_loop_pseudo.py --preset letters --steps 200 --beta 0 0.05 0.2 1
-  python rlhf_loop_pseudo.py --preset letters --steps 200 --method ppo rloo grpo dpo"""
+  python rlhf_loop_pseudo.py --preset letters --steps 200 --method ppo grpo dpo"""
 SEVERAL = "beta", "method", "reward"  # with several values, these are compared
 STEP_PAGES = prompts_page, responses_page, scores_page, kl_page, rewards_page
 STEP_PAGES += advantages_page, update_page
@@ -2489,9 +2515,12 @@ def main(argv=None):
     else:
         pages = training_pages(configs, arrays, runs)
     code = print_pages(pages, printed, "pause" in given)
-    files = {"export": lambda: exported(given["export"], given.get("theme"), printed)}
-    if arrays or any(run.metrics for run in runs):
+    files = {}
+    if arrays or any(run.metrics for run in runs):  # else there is nothing to keep
         files["save"] = lambda: saved(configs, arrays, runs)
+        files["export"] = lambda: exported(
+            given["export"], given.get("theme"), printed
+        )
     for name in files.keys() & given.keys():
         if not code or not given[name].exists():  # a failed run costs no older file
             try:

@@ -17,12 +17,13 @@ COMMAND = ["--preset", "letters", "--steps", "200", "--beta", "0", "0.05", "0.2"
 
 
 def main(folder="."):
-    """Train, and keep of what is shown the first page and the last."""
+    """Train, and keep what the picture shows."""
     _, configs = loop.read_command_line(COMMAND)
-    pages = list(loop.training_pages(configs, {}, []))
+    opening, *_, outcome, _ = loop.training_pages(configs, {}, [])
+    data_flow = loop.Group(*opening.renderables[:2])  # without the text below it
     for theme in ("dark", "light"):
         path = Path(folder) / f"picture-{theme}.svg"
-        path.write_bytes(loop.exported(path, theme, [pages[0], pages[-1]]))
+        path.write_bytes(loop.exported(path, theme, [data_flow, outcome]))
         print(path)
 
 

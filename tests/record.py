@@ -12,28 +12,26 @@ COMMAND = "RECORD=1 python -m pytest -k transcript"
 
 
 def masked(text):
-    """The text with # for each figure, ~ for what a model wrote and no marks in the chart.
+    """The text with # for figures and ~ for words that a model wrote, without the chart's marks.
 
-    Blanks that only align are one, and a line that repeats the one above it is left out.
+    A sentence is one line, wherever it was wrapped, and a row like the one above it is left out.
     """
-    lines = []
+    lines, inside = [], False
     for line in map(str.rstrip, text.splitlines()):
-        indent = re.match(" {0,4}", line)[0]
-        line = re.sub(r"(?:^|(?<=  ))(?:[a-z]+[.…]? )*[a-z]+[.…]?$", written, line)
-        line = re.sub(r"(?<![a-z_\d])-?\d[\d,.]*(-\d+)?%?(?<![,.])\*?", "#", " ".join(line.split()))
-        line = re.sub(r"\b[a-z]+[.…] (?=#)", "~ ", line)  # a word before its figures
-        line = line if "=" in line else re.sub(r"(?<=# )(- )*-$|(?<=# )-(?= #)", "#", line)
-        line = line.replace(", not more", ", more")  # by its own test
-        line = re.sub(r"(# )+#(?=\]|$)", "#", line)  # more figures, or fewer
-        line = re.sub(r"^(# )?│[^─►▲]*$", "│", line)  # the chart
-        line = line if re.match("[#~ .]+$|│$", line) else indent + line
-        lines += [line] if [line] != lines[-1:] else []
-    return "\n".join(lines) + "\n"
-
-
-def written(words):
-    """A mask for words that end in full stops one by one, as no sentence does."""
-    return "~" if re.search(r"[a-z][.…] [a-z]", words[0]) else words[0]
+        paragraph = re.match(r"    [A-Za-z(-]", line)
+        line = line if re.search("[►▲└]|^$", line) else " ".join(line.split())
+        if not paragraph:
+            line = re.sub(r"(?<![\w.])[a-z]+[.…](?=,? |,|$)", "~", line)
+        line = re.sub(r"(?<![a-z_\d])-?\d[\d,.]*(-\d+)?%?(?<![,.])\*?", "#", line)
+        line = re.sub(r"# ± #|(?<=[#~] )-(?= |$)", "#", line)
+        line = re.sub(r"(# |#, |…, )+#|(~ )+~", lambda row: row[0][-1], line)
+        line = re.sub(r"^(# )?│[^─►▲]*$", "│", line)
+        if paragraph and inside:
+            lines[-1] += f" {line}"
+        elif [line] != lines[-1:]:
+            lines.append(line)
+        inside = paragraph
+    return re.sub(r"(?<=\w[.?]) (?=[A-Z])", "\n", "\n".join(lines)) + "\n"
 
 
 def same_as_recorded(name, text):

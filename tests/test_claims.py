@@ -1,175 +1,197 @@
-"""What becomes of the human's opinion while training maximises a model of it (Gao et al. 2023).
+"""README's tables of trainings, which take many seeds, and what it claims about them.
 
-Two seeds in the suite. Twenty, and the table that README takes its figures from:
+The suite has three short ones. All of them, printed in Markdown as README has them:
 
     python -m pytest -m claims -n 0 -s tests/test_claims.py
 """
 
-import contextlib
 import functools
-import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 import rlhf_loop_pseudo as loop
+from test_readme import assert_same_figures, rows_of
 
 STEPS = 200
-PRICE = loop.PRESETS["letters"]["beta"]
-CURVES = ["objective/human_scores", "val/words", "objective/scores", "objective/kl"]
-CURVES += ["policy/clipfrac_avg", "theory/share"]
-PRICES = [0.0, 0.05, PRICE, 1.0]
-SEEDS = {"0 to 9": range(10), "100 to 109": range(100, 110)}  # chosen with, and not
-COMMANDS = {
-    f"--beta {' '.join(map(str, PRICES))}": PRICES,
-    "--advantage rloo grpo": ["rloo", "grpo"],
-    "--kl-estimator k2": ["k2"],
-    "--kl-estimator k3": ["k3"],
-}
+SEEDS = {"0 to 9": range(10), "100 to 109": range(100, 110), "300 to 309": range(300, 310)}
+GRPO = {"method": "grpo", "kl_in": "loss"}  # as published, with k3
+TRAININGS = {f"β {beta:g}": {"beta": beta} for beta in (0.0, 0.05, 1.0)}  # letters, but for these
+TRAININGS |= {"ppo": {}} | {name: {"method": name} for name in ("rloo", "grpo", "dpo")}
+for name in ("k1", "k2", "k3"):
+    TRAININGS[f"grpo, {name} in the loss"] = GRPO | {"kl_estimator": name}
+TRAININGS["grpo, k3 in the loss, β 0.6"] = GRPO | {"kl_estimator": "k3", "beta": 0.6}
+TRAININGS["the human's rule"] = {"reward": "human", "beta": 0.0}
+PRICES = {"0": "β 0", "0.05": "β 0.05", "0.2": "ppo", "1": "β 1"}
+METHODS = "reference ppo rloo grpo dpo".split() + [name for name in TRAININGS if "loss" in name]
 
 
 @functools.cache
-def stages(learn, seed):
-    """Fine-tuning and reward model of a seed, which all its trainings share."""
-    config = loop.Config(**loop.PRESETS["letters"], seed=seed)
-    return learn(config, np.random.default_rng([seed, 1]))
+def stages_of(seed):
+    """The stages before the loop, which all trainings of a seed share."""
+    return loop.learn_from_human(loop.configure("letters", seed=seed))
 
 
-def train(flags, names, seed, path):
-    """Run the program: what it prints of its trainings, by their names."""
-    command = f"--preset letters --steps {STEPS} --seed {seed} {flags} --save {path}"
-    learn = functools.partial(stages, loop.learn_from_human)
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
-        patch.setattr(loop, "learn_from_human", lambda config, _: learn(config.seed))
-        assert loop.main(command.split()) == 0
-    with np.load(path) as arrays:
-        curves = {name: arrays[name] for name in arrays if name in CURVES}
-    rows = {name: curve.reshape(len(names), -1) for name, curve in curves.items()}
-    return {name: figures({c: rows[c][row] for c in rows}) for row, name in enumerate(names)}
+@np.errstate(all="ignore")  # as the command line does
+def train(name, seed, steps=STEPS):
+    """Train as the command line does. Returns figures of fresh responses, and others."""
+    config = loop.configure("letters", **{"steps": steps, "seed": seed} | TRAININGS[name])
+    models, pairs = loop.prepare(config, stages_of(seed)), stages_of(seed).pairs
+    metrics = [metrics for metrics, _ in loop.train(models, config, pairs)]
+    history = loop.Run(config, name, models, metrics, [], {}, {}).history
+    _, human, _ = loop.window_means(history["objective/human_scores"])
+    figures = {"start": human[0], "best": human.max(), "verdict": loop.verdict(history)}
+    if config.method != "dpo":
+        figures["clipped"] = history["policy/clipfrac_avg"][: STEPS // 2].mean()
+    return figures | loop.theory(models, config)
 
 
-def figures(curves):
-    """Means over stretches: the start is the first of them, and the end the last."""
-    human, words, score, kl = (loop.stretch_means(curves[name])[1] for name in CURVES[:4])
-    return {
-        "start": human[0],
-        "peak": human.max(),
-        "end": human[-1],
-        "words": words[-1],
-        "score": score[-1],
-        "KL": kl[-1],
-        "clipped": curves["policy/clipfrac_avg"][: STEPS // 2].mean(),
-        "share": curves["theory/share"].item(),
-    }
+def reference(seed):
+    """The same figures of the reference."""
+    config = loop.configure("letters", seed=seed)
+    models = loop.prepare(config, stages_of(seed))
+    figures = loop.theory(models._replace(actor=models.reference), config)
+    return figures | {"start": figures["human"], "best": figures["human"], "verdict": ""}
 
 
 def check_no_price(run):
     """At first the human is pleased, then lost with the words."""
-    assert run["peak"] >= run["start"] + 0.08
-    assert run["end"] <= run["start"] - 0.1
+    assert run["best"] >= run["start"] + 0.08
+    assert run["human"] <= run["start"] - 0.1
     assert run["words"] < 0.15
+    assert run["verdict"] == "Reward hacking"
     assert np.isnan(run["share"])
 
 
 def check_price(run):
     """The human ends near its best, and most of what it reads are words."""
-    assert run["end"] >= run["start"] + 0.12
-    assert run["end"] >= 0.95 * run["peak"]
+    assert run["human"] >= run["start"] + 0.12
+    assert run["human"] >= 0.95 * run["best"]
     assert run["words"] > 0.75
+    assert run["verdict"] == "Better liked, in words"
 
 
-@pytest.fixture(scope="module", params=[0, 100])
-def few(request, tmp_path_factory):
-    """Trainings of one seed, without a price of KL and with the preset's."""
-    path = tmp_path_factory.mktemp("few") / "run.npz"
-    return train(f"--beta 0 {PRICE}", [0.0, PRICE], request.param, path)
+def check_dpo(run):
+    """Liked better than at the start, in words, and not as near to the optimum as PPO."""
+    assert run["human"] > run["start"] + 0.15
+    assert run["words"] > 0.65
+    assert 0.5 < run["share"] < 0.9
 
 
-def test_without_a_price_of_kl_words_dissolve_and_the_human_is_lost(few):
-    check_no_price(few[0.0])
-    assert few[0.0]["score"] > few[PRICE]["score"] + 0.5
-    assert few[0.0]["KL"] > 10 * few[PRICE]["KL"]
+def test_without_a_price_of_kl_the_human_is_lost_and_with_it_pleased():
+    check_no_price(free := train("β 0", 0, 100))
+    check_price(priced := train("ppo", 0, 100))
+    assert free["score"] > priced["score"] + 0.5
+    assert free["kl"] > 10 * priced["kl"]
+    assert 0.8 < priced["share"] <= 1
+    assert 0.005 <= priced["clipped"] < 0.2
 
 
-def test_the_presets_price_keeps_words_and_pleases_the_human(few):
-    check_price(few[PRICE])
-    assert few[PRICE]["end"] > few[0.0]["end"]
-    assert 0.85 < few[PRICE]["share"] <= 1
-
-
-def test_the_clip_is_at_work(few):
-    assert 0.005 <= few[PRICE]["clipped"] < 0.2
-
-
-@pytest.mark.parametrize("advantage, seed", [("rloo", 0), ("grpo", 100)])
-def test_without_a_critic_it_gets_as_far(advantage, seed, tmp_path):
-    run = train(f"--advantage {advantage}", [advantage], seed, tmp_path / "run.npz")[advantage]
-    check_price(run)
-    assert 0.8 < run["share"] <= 1
+def test_dpo_learns_from_pairs_alone():
+    check_dpo(train("dpo", 100, 100))
 
 
 # ------------------------------------------------------------------ over many seeds
 
 
 @pytest.fixture(scope="module", params=SEEDS)
-def many(request, tmp_path_factory):
-    """{training: {figure: its values over ten seeds}}, printed as a table."""
-    path = tmp_path_factory.mktemp("many") / "run.npz"
-    rows = {}
-    for seed in SEEDS[request.param]:
-        for flags, names in COMMANDS.items():
-            for name, run in train(flags, names, seed, path).items():
-                for figure, value in run.items():
-                    rows.setdefault(name, {}).setdefault(figure, []).append(value)
-    runs = {n: {f: np.array(values) for f, values in row.items()} for n, row in rows.items()}
-    print(f"\n\nseeds {request.param}, median [least largest]\n\n{table(runs)}")
+def many(request):
+    """{training: {figure: its values over ten seeds}}, printed as README's tables."""
+    rows = {"reference": [reference(seed) for seed in SEEDS[request.param]]}
+    rows |= {name: [train(name, seed) for seed in SEEDS[request.param]] for name in TRAININGS}
+    runs = {n: {f: np.array([run[f] for run in row]) for f in row[0]} for n, row in rows.items()}
+    print(f"\n\nseeds {request.param}\n\n", *prices(runs), "\n", *methods(runs), sep="\n")
     return runs
 
 
-def table(runs):
-    """The figures in Markdown."""
-    heads = ["", *runs[PRICE]]
-    lines = [heads, ["---"] * len(heads)]
-    for name, row in runs.items():
-        cells = [(np.median(values), values.min(), values.max()) for values in row.values()]
-        label = name if isinstance(name, str) else f"beta {name:g}"
-        lines.append([label, *("{:.3f} [{:.3f} {:.3f}]".format(*cell) for cell in cells)])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def medians(run, figures):
+    """Medians over the seeds, as README shows them: a dash for a share below -1."""
+    values = [np.median(run[name]) for name in figures.split()]
+    values = [value if value > -1 else np.nan for value in values]
+    return [loop.fixed(value, 1 if value > 100 else 2) for value in values]
 
 
-def seed_by_seed(row):
-    """The figures of one training, a dict for each seed."""
-    return [dict(zip(row, values)) for values in zip(*row.values())]
+def prices(runs):
+    """The rows of README's table of four betas."""
+    for beta, name in (PRICES | {"0, the human's rule": "the human's rule"}).items():
+        human = ", ".join(medians(runs[name], "start best human"))
+        score, kl, words, share = medians(runs[name], "score kl words share")
+        yield f"| {beta} | {score} | {kl} | {human} | {words} | {share} |"
 
 
-@pytest.mark.claims
-def test_the_human_is_lost_without_a_price_and_kept_with_it_on_every_seed(many):
-    for run in seed_by_seed(many[0.0]):
-        check_no_price(run)
-    for run in seed_by_seed(many[PRICE]):
-        check_price(run)
+def methods(runs):
+    """The rows of README's table of methods."""
+    for name in METHODS:
+        yield f"| {name} | {' | '.join(medians(runs[name], 'score kl human words share'))} |"
 
 
 @pytest.mark.claims
-def test_the_human_likes_the_presets_price_best(many):
-    ends = [many[price]["end"] for price in PRICES]
-    assert {PRICES[best] for best in np.argmax(ends, axis=0)} == {PRICE}
+def test_the_medians_are_readmes(many):
+    """Those of other seeds and processors are near, but for trainings that nothing restrains."""
+    for head, rows in ("| β |", prices(many)), ("| method |", methods(many)):
+        for shown, row in zip(rows_of(head), rows, strict=True):
+            free = "k1" in row or row.startswith("| 0 |")
+            assert_same_figures(shown, row, 0.15 if free else 0.06, 0.6 if free else 0.2)
 
 
 @pytest.mark.claims
-@pytest.mark.parametrize("name, least", [(PRICE, 0.92), ("rloo", 0.9), ("grpo", 0.9)])
-def test_most_of_what_is_attainable_is_attained(many, name, least):
-    assert least <= np.median(many[name]["share"]) <= 1
+def test_on_every_seed_the_human_is_lost_without_a_price_and_likes_the_presets_best(many):
+    for check, name in (check_no_price, "β 0"), (check_price, "ppo"):
+        for figures in zip(*many[name].values()):
+            check(dict(zip(many[name], figures)))
+    ends = [many[name]["human"] for name in PRICES.values()]
+    assert {[*PRICES][best] for best in np.argmax(ends, axis=0)} == {"0.2"}
 
 
 @pytest.mark.claims
-def test_the_clip_acts_on_more_than_one_token_in_two_hundred(many):
-    assert np.median(many[PRICE]["clipped"]) >= 0.005
+@pytest.mark.parametrize("name", ["ppo", "rloo", "grpo"])
+def test_most_of_what_is_attainable_is_attained_with_a_critic_and_without(many, name):
+    share = many[name]["share"]
+    assert 0.9 <= np.median(share) <= 1
+    assert abs((many["ppo"]["share"] - share).mean()) < 0.03
 
 
 @pytest.mark.claims
-def test_other_estimators_in_the_reward_attain_less(many):
-    """k3 loses words as well; with k2 they are kept."""
-    k1, k2, k3 = (many[name] for name in (PRICE, "k2", "k3"))
-    assert np.median(k3["share"]) < np.median(k2["share"]) < np.median(k1["share"])
-    assert np.median(k3["words"]) < np.median(k1["words"])
+def test_dpo_learns_in_the_median_of_any_five_neighbouring_seeds(many):
+    figures = "start human words share".split()
+    for first in range(6):
+        check_dpo({f: np.median(many["dpo"][f][first : first + 5]) for f in figures})
+
+
+@pytest.mark.claims
+def test_the_humans_own_rule_is_hacked_on_no_seed(many):
+    run = many["the human's rule"]
+    assert run["human"].min() > 0.97
+    assert 0.4 < run["words"].min() < run["words"].max() < 0.95
+    assert "Reward hacking" not in run["verdict"]
+
+
+@pytest.mark.claims
+def test_k1_in_the_loss_restrains_nothing_and_k2_does(many):
+    k1, k2, k3 = (many[f"grpo, {name} in the loss"] for name in ("k1", "k2", "k3"))
+    assert k1["words"].max() < 0.1
+    assert (k1["verdict"] == "Reward hacking").mean() >= 0.8
+    assert np.median(k1["kl"]) > 0.5 * np.median(many["β 0"]["kl"])
+    assert k2["words"].min() > k1["words"].max() + 0.1
+    assert np.median(k2["words"]) > np.median(k3["words"])
+    assert np.median(many["grpo, k3 in the loss, β 0.6"]["words"]) > 0.65
+
+
+@pytest.mark.claims
+@pytest.mark.parametrize("beta", [0.2, 1.0])
+def test_the_errors_of_the_optimum_are_calibrated(beta):
+    """Nine in ten repetitions lie within two errors of their mean; on seed 0, three in four."""
+    sizes = {"J_star": [], "J": [], "share": []}  # differences from the mean, in errors
+    for seed in range(4):
+        config = loop.configure("letters", steps=STEPS, beta=beta, seed=seed)
+        models = loop.prepare(config, stages_of(seed))
+        assert all(step.mask.any() for step in loop.core_loop(models, config))
+        found = [loop.theory(models, replace(config, seed=1000 + n)) for n in range(20)]
+        for name, size in sizes.items():
+            values, errors = (np.array([x[f] for x in found]) for f in (name, f"{name}_error"))
+            size.extend((abs(values - np.nanmean(values)) / errors)[~np.isnan(values)])
+    for name, size in sizes.items():
+        assert len(size) >= 70, name  # few dashes
+        assert np.mean(np.less_equal(size, 2)) >= 0.9, name
+        assert np.median(size) > 0.2, name  # nor are the errors far too large

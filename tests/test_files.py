@@ -1,6 +1,7 @@
 """Files, pipes and terminals: nothing is lost, nothing half written, never a traceback."""
 
 import contextlib
+import functools
 import html
 import io
 import json
@@ -27,21 +28,28 @@ posix = pytest.mark.skipif(os.name != "posix", reason="signals, pipes and termin
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """What is tested here needs no exact theory, and no reference that writes words."""
-    monkeypatch.setattr(loop.attainable_gain, "__defaults__", (8,))
+    monkeypatch.setattr(loop, "theory", functools.partial(loop.theory, count=8))
     monkeypatch.setattr(loop, "fine_tune", lambda *_: np.ones(400))
 
 
 # Files
 
 
-@pytest.mark.parametrize(("lost", "kept"), [("x.npz", "x.txt"), ("x.txt", "x.npz")])
-def test_a_file_that_cannot_be_written_loses_no_other(lost, kept, tmp_path, capsys, monkeypatch):
-    (tmp_path / lost).mkdir()
-    monkeypatch.setattr(Path, "is_dir", lambda _: False)  # at first it was none
+@pytest.mark.parametrize("lost", ["npz", "txt"])
+def test_a_file_that_cannot_be_written_loses_no_other(lost, tmp_path, capsys, monkeypatch):
+    original = loop.replace_file
+
+    def fails(path, data):
+        if path.suffix == f".{lost}":
+            raise OSError(f"{path}: no")
+        original(path, data)
+
+    monkeypatch.setattr(loop, "replace_file", fails)
     files = [f"--save={tmp_path / 'x.npz'}", f"--export={tmp_path / 'x.txt'}"]
     assert run(*TINY.split(), *files) == 1
-    assert re.fullmatch(rf"rlhf_loop_pseudo.py: .*{lost}.*\n", capsys.readouterr().err)
-    assert (tmp_path / kept).stat().st_size > 0
+    assert re.fullmatch(rf"rlhf_loop_pseudo.py: .*x.{lost}.*\n", capsys.readouterr().err)
+    kept = {"npz": "x.txt", "txt": "x.npz"}[lost]
+    assert [path.name for path in tmp_path.iterdir()] == [kept]
 
 
 @pytest.mark.parametrize("flags", RUNS)
@@ -89,9 +97,10 @@ def test_every_colour_of_an_export_can_be_read(theme, tmp_path, capsys):
     }
     for background, colours in found.items():
         assert (contrast(background, "#ffffff") < 1.2) == bool(theme)
-        assert len(colours) >= 7  # five owners, what is quiet, and the rest
+        assert len(colours) >= 7  # four models, notes, words and the rest
+        colours -= {background}  # that of a title, on a block of the other colour
         assert min(contrast(colour, background) for colour in colours) >= 4.5, colours
-    assert not re.search(r"background-color|opacity|font-style: dim", pages["html"])
+    assert not re.search("opacity|font-style: dim", pages["html"])
 
 
 # Pipes and interrupts: these need processes of their own
@@ -121,9 +130,97 @@ def test_an_output_that_takes_nothing_loses_no_file(steps, to, codes, tmp_path):
     said = done.stderr.decode().splitlines()
     assert len(said) == ("full" in to)
     assert all(line.startswith("rlhf_loop_pseudo.py: ") for line in said)
-    with np.load(tmp_path / "x.npz") as data:
-        assert "config" in data
-    assert (tmp_path / "x.txt").stat().st_size > 0
+    files = {path.name for path in tmp_path.iterdir()} - {"code"}
+    assert files == (set() if "full" in to else {"x.npz", "x.txt"})  # nothing was computed
+
+
+@posix
+@pytest.mark.parametrize("flags", ["", "--help", "--show gae"])
+@pytest.mark.parametrize("buffered", [{}, {"PYTHONUNBUFFERED": "1"}], ids=["buffer", "none"])
+@pytest.mark.parametrize("to", ["> /dev/full", "| true"])
+def test_a_full_or_closed_output_ends_with_one_sentence(flags, buffered, to, tmp_path):
+    if "full" in to and not Path("/dev/full").exists():
+        pytest.skip("a device of Linux")
+    run = f"'{sys.executable}' '{SCRIPT}' {flags or TINY}"
+    command = f"{{ {run}; echo $? > code; }} {to}"
+    own = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), **buffered}
+    done = subprocess.run(
+        command, shell=True, cwd=tmp_path, env=own, capture_output=True, check=False
+    )
+    assert (tmp_path / "code").read_text().strip() in "01"  # argparse ignores a full disk
+    said = done.stderr.decode().splitlines()
+    assert len(said) == ("full" in to and (flags != "--help" or not buffered))
+    assert all(re.match("rlhf_loop_pseudo.py: .*space", line) for line in said)
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt, MemoryError("no memory"), OSError("disk")])
+def test_a_failed_run_costs_no_older_file(failure, tmp_path, capsys, monkeypatch):
+    """And leaves a file of what there is only where none was."""
+    old, new = tmp_path / "old.npz", tmp_path / "new.npz"
+    old.write_bytes(b"older")
+    original, calls = loop.core_loop, []
+
+    def fails(*arguments):
+        for step in original(*arguments):
+            calls.append(1)
+            if len(calls) > 3:
+                raise failure
+            yield step
+
+    monkeypatch.setattr(loop, "core_loop", fails)
+    for path in (old, new):
+        calls.clear()
+        code = run(*TINY.split(), "--steps", "5", "--save", str(path))
+        assert code == (130 if failure is KeyboardInterrupt else 1)
+    assert old.read_bytes() == b"older"
+    with np.load(new) as data:
+        assert np.isfinite(data["objective/kl"]).tolist() == [True] * 3 + [False] * 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new.npz", "old.npz"]
+
+
+def test_a_failure_while_writing_costs_no_older_file(tmp_path, capsys, monkeypatch):
+    path = tmp_path / "x.npz"
+    path.write_bytes(b"older")
+
+    def full(place, data):
+        with place.open("wb") as file:
+            file.write(data[:10])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    assert run(*TINY.split(), "--save", str(path)) == 1
+    assert path.read_bytes() == b"older"
+    assert [place.name for place in tmp_path.iterdir()] == ["x.npz"]
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@posix
+def test_kills_at_random_moments_cost_no_older_file(tmp_path):
+    path = tmp_path / "x.npz"
+    command = [sys.executable, SCRIPT, *TINY.split(), "--save", str(path)]
+    subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
+    for number in range(6):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        time.sleep(0.15 + 0.06 * number)
+        process.kill()
+        process.wait()
+        with np.load(path) as data:
+            assert len(data) > 10
+
+
+@pytest.mark.parametrize("name", ["", "n" * 300 + ".npz", "folder.npz", "none/x.npz", "locked.npz"])
+def test_a_place_that_cannot_be_written_is_refused_before_any_work(
+    name, tmp_path, capsys, monkeypatch
+):
+    (tmp_path / "folder.npz").mkdir()
+    locked = tmp_path / "locked.npz"
+    locked.touch()
+    access = os.access  # root may write everywhere
+    monkeypatch.setattr(os, "access", lambda path, *mode: path != locked and access(path, *mode))
+    monkeypatch.setattr(np.random, "default_rng", lambda *_: pytest.fail("work was done"))
+    assert run(*TINY.split(), "--save", str(tmp_path / name)) == 2
+    error = capsys.readouterr().err
+    assert re.search(r"--save: .* must be a .npz file .*write\n$", error)
 
 
 @posix
@@ -210,11 +307,11 @@ def test_colours_where_there_are_any_and_the_same_text_everywhere(flags, capsys,
 
 WIDE = [
     "--vocab-size 7 --response-length 3 --inspect 0",
-    "--vocab-size 50257 --width 2 --batch-size 8 --response-length 3 --advantage grpo --inspect 7",
-    f"{TINY} --advantage rloo --learning-rate 0.3 --gamma 0.87654321 --advantage gae --lam 0.54321",
+    "--vocab-size 50257 --width 2 --batch-size 8 --response-length 3 --method grpo --inspect 7",
+    f"{TINY} --learning-rate 0.3 --gamma 0.87654321 --lam 0.54321",
     f"{TINY} --learning-rate 0.1 --steps 40 --drift 3 --beta 123456",
     f"{SMALL} --inspect 5",
-    f"{SMALL} --steps 3 --beta 0 0.05 1 --advantage gae rloo grpo",
+    f"{SMALL} --steps 3 --beta 0.05 1 --method ppo rloo grpo dpo",
 ]
 
 
@@ -287,14 +384,19 @@ def in_terminal(*arguments, answers=(), early=b""):
 
 
 @posix
-def test_pause_asks_first_and_the_page_comes_after_enter():
-    code, parts = in_terminal(*TINY.split(), "--pause", answers=[b"\n"] * 7, early=b"\n\n\n")
+def test_pause_asks_first_and_waits_at_every_page():
+    """The opening, then each page's questions on a cleared screen, and the page."""
+    code, parts = in_terminal(*TINY.split(), "--pause", answers=[b"\n"] * 17)
     assert code == 0
-    assert len(parts) == 8
-    for number, part in enumerate(parts):
-        assert re.findall(r"Step (\d):", part) == [str(number)] * (number > 0)
-        asked = [question for question in loop.WHY if question in part]
-        assert asked == [*loop.WHY[max(number - 1, 0) : number + 1]]  # the next one, last
+    assert len(parts) == 18  # the last is what comes after the last answer
+    parts = [re.sub(r"\x1b\[[\d;]*[A-Z]", "", part) for part in parts]  # clears the screen
+    titles = [re.findall(r"^(?:Step \d|=== |What the)", part, re.M) for part in parts]
+    pages = [f"Step {number}" for number in range(1, 8)] + ["What the"]
+    assert titles == [["=== "], *[part for page in pages for part in ([], [page])], []]
+    for asked, page in zip(parts[1:-1:2], parts[2:-1:2]):
+        questions = re.findall(r"\S.*\?", asked)
+        assert questions
+        assert all(question in page for question in questions)
 
 
 @posix

@@ -254,7 +254,8 @@ def test_a_verdict_follows_from_the_figures_and_noise_is_never_called_hacking(st
 
 
 def test_a_warning_where_the_kl_does_not_restrain_the_actor():
-    wrong = {("k1", "loss"): "nothing", ("k2", "reward"): "too", ("k3", "reward"): "too"}
+    wrong = {("k1", "loss"): "nothing", ("k2", "reward"): "otherwise"}
+    wrong["k3", "reward"] = "otherwise"
     for name, place in itertools.product(("k1", "k2", "k3"), ("reward", "loss")):
         config = replace(SMALL, kl_estimator=name, kl_in=place)
         start = f"{name} in the {place} restrains {wrong.get((name, place))}"
