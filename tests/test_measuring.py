@@ -202,6 +202,9 @@ def test_theory_and_the_six_words_read_new_responses_of_both_policies(stages):
     start, end = (loop.sample_step(p, models, prompts, LETTERS, rng) for p in models[::-3])
     kl, scores = end.kl.sum(axis=1).mean(), end.scores.mean()
     expected = {"J_start": start.scores.mean(), "J": scores - 0.2 * kl, "kl": kl, "score": scores}
+    gains = {"J_start_error": start.scores, "J_error": end.scores - 0.2 * end.kl.sum(axis=1)}
+    for name, x in gains.items():
+        expected[name] = (x.reshape(26, 20).var(axis=1, ddof=1).mean() / x.size) ** 0.5
     human, words = map(fmean, readers(LETTERS, prompts, end.responses, end.mask))
     expected |= {"human": human, "words": words}
     assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-4)
