@@ -1430,14 +1430,14 @@ def optimum(scores, leads, beta):
     than half of a prompt's weight. The bias is the jackknife's.
     """
     if not beta:
-        return np.full(len(scores), np.nan), np.zeros_like(scores), 0.0
+        return np.full(len(scores), np.nan), np.zeros_like(scores), np.nan
     logits, n = scores / beta - np.logaddexp(0, leads) + np.log(2), scores.shape[1]
     highest = logits.max(axis=1, keepdims=True)
     weights = np.exp(logits - highest)
     j_star = beta * (highest[:, 0] + np.log(weights.mean(axis=1)))
     weights = weights / weights.sum(axis=1, keepdims=True)
     if weights.max() > 0.5:
-        return np.nan * j_star, weights, 0.0
+        return np.nan * j_star, weights, np.nan
     without_one = np.log1p(-weights) + np.log(n / (n - 1))  # log Z, one by one
     return j_star, weights, beta * (n - 1) * without_one.mean()
 
@@ -1665,6 +1665,8 @@ def opening_page(heading, configs):
     if config.uses_letters:
         says = """A prompt is the first letter of a word, the response is the rest, and a full stop
             ends it. Each letter is a token."""
+    if config.kl_in == "loss":
+        says += " Here the KL to the actor counts in the update, not in the rewards."
     if config.steps > 1:
         says += " A step is one batch. β is the price of KL, of moving away from the reference."
     return page(
@@ -1672,7 +1674,7 @@ def opening_page(heading, configs):
         *shown,
         f"""RLHF is reinforcement learning from human feedback, PPO proximal policy optimization.
         The actor writes responses and learns. The {scorer} scores them. The reference is the
-        actor as it was before this training. No step changes these two: they are frozen.
+        actor as it was before this training. It is frozen, as is the {scorer}: no step changes it.
         {" ".join(map(PICTURES.get, pictures))} {says}""",
     )
 
@@ -1842,8 +1844,9 @@ def rewards_page(seen, config):
         pays β times its own KL, and the last one also gets the score."""
     if config.kl_in == "loss":
         formula = "reward = reward_model_score"
-        says = f"""With --kl-in loss the rewards are the scores alone, and step 7 has the KL. Token
-            by token, the first response's rewards are {tokens}."""
+        says = f"""With --kl-in loss the rewards are the scores alone; β = {beta:g} times the KL is
+            a part of the loss in step 7. Token by token, the first response's rewards are
+            {tokens}."""
     if config.reward == "human":
         formula = formula.replace("reward_model", "human")
     return page(
@@ -1875,7 +1878,8 @@ def advantages_page(seen, config):
             baseline. A token's advantage says how much better than that it went. Generalized
             advantage estimation (GAE) goes from the last token, after which value and advantage
             are 0, to the first. γ discounts later rewards (1: not at all). λ sets how far back a
-            surprise δ is passed (0: not at all, 1: to the first token):"""
+            surprise δ is passed (0: not at all, 1: to the first token). The return is the reward
+            to come as it now looks:"""
         check = [
             ("    δ[t] = reward[t] + γ value[t+1] - value[t]",),
             (
@@ -1984,7 +1988,8 @@ def effect_page(seen, config):
         "What the update did: the first four responses",
         table(columns),
         "Did the responses move the right way?",
-        f"""mean A is the average per token of the advantage that the loss uses. A response with a
+        f"""log prob is that of the whole response, before and after the update, and mean A the
+        average per token of the advantage that the loss uses. A response with a
         positive one should become more likely, with a negative one less: {followed} of {count}
         moved so.
         All responses share the same weights, so some move the other way.""",
@@ -2090,6 +2095,10 @@ def outcome_page(runs):
     """What the trainings came to, in words."""
     config, lines, hacked = runs[0].config, [], {}
     width = max(len(run.label) for run in runs) + 4
+    most = (80 - width) // 6 - 2  # letters of each of the six words
+    free = ""
+    if any(run.config.beta == 0 for run in runs):
+        free = "; at β 0 it is free, and the actor finds strings that the reward model overrates"
     for number, run in enumerate(runs):
         said, history = verdict(run.history), run.history
         human = window_means(history["objective/human_scores"])[1]
@@ -2097,7 +2106,8 @@ def outcome_page(runs):
         figures = f": human {fixed(human[0])}, best {fixed(max(human))}, "
         figures += f"end {fixed(human[-1])}; words {words[0]} to {words[-1]}"
         label = f"  {run.label}".ljust(width), f"bold {COLOURS[number % 8]}"
-        lines.append(Text.assemble(label, words_line("", run.words["actor"], config)))
+        words_of = words_line("", run.words["actor"], config, most)
+        lines.append(Text.assemble(label, words_of))
         style = VERDICTS.get(said, "bold")
         lines.append(Text.assemble("    ", (said, style), figures))
         hacked.setdefault(run.config.reward, set()).add(said == "Reward hacking")
@@ -2106,12 +2116,14 @@ def outcome_page(runs):
             hacking comes from the mistakes of the learned reward model.""")
     return page(
         "What came of it: six words from the same first letters",
-        """The reference writes words, and each actor started from it. Words of the training
+        f"""The reference writes words, and each actor started from it. Words of the training
         list are bold and green, other strings red and underlined. β is the price of moving away
-        from the reference. human is the human's opinion, from 0 to 1: at first, at its best and at
-        the end. words is the fraction of responses in the training list. Reward hacking means that
-        the score rose and the human's opinion fell below its start.""",
-        words_line("  reference".ljust(width), runs[0].words["reference"], config),
+        from the reference{free}. human is the human's opinion, from 0 to 1: at first, at its best
+        and at the end. words is the fraction of responses in the training list. Reward hacking
+        means that the score rose and the human's opinion fell below its start.""",
+        words_line(
+            "  reference".ljust(width), runs[0].words["reference"], config, most
+        ),
         *lines,
     )
 
@@ -2120,12 +2132,21 @@ def optimum_page(runs):
     """Fresh responses, and how near each actor comes to the best possible."""
     labels = [Text(r.label, f"bold {COLOURS[n % 8]}") for n, r in enumerate(runs)]
     means, best = {"fresh responses": labels}, {"": labels}
+    digits = {
+        "score": 5,
+        "KL": 5,
+        "J": 4,
+        "J_star": 4,
+    }  # so that J and share work out
     for head in METRICS:
-        means[head] = [fixed(run.theory[head.lower()], 3) for run in runs]
-    best["J_start"] = [fixed(run.theory["J_start"], 3) for run in runs]
+        values = [run.theory[head.lower()] for run in runs]
+        means[head] = [fixed(value, digits.get(head, 3)) for value in values]
+    best["J_start"] = [fixed(run.theory["J_start"], 4) for run in runs]
     for name in ("J", "J_star", "share"):
         results = [(run.theory[name], run.theory[f"{name}_error"]) for run in runs]
-        best[name] = [fixed(value, 3, error) for value, error in results]
+        best[name] = [
+            fixed(value, digits.get(name, 3), error) for value, error in results
+        ]
     return page(
         "How near to the best possible: measured on fresh responses",
         table(means),

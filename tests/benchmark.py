@@ -2,10 +2,12 @@
 
     python tests/benchmark.py            the script against itself
     python tests/benchmark.py --torch    and against the same in PyTorch (CPU, eager)
+    python tests/benchmark.py --against old.py    and a training against another version's
 
-A ratio is the median over rounds in which both sides take turns, after a warm-up: it carries over
-to other machines. Processor time is measured, with one thread a side: a busy machine disturbs it
-less than the clock's. Sizes are the defaults unless a row names others.
+Before anything is timed, the step in PyTorch is asserted to compute the same numbers. A ratio is
+the median over rounds in which both sides take turns, after a warm-up: it carries over to other
+machines. Processor time is measured, with one thread a side: a busy machine disturbs it less than
+the clock's. Sizes are the defaults unless a row names others.
 """
 
 import argparse
@@ -98,8 +100,13 @@ def train(config):
     list(loop.core_loop(loop.init_models(config, rng), config, rng))
 
 
+def as_command_line_allocates():
+    """What the script's main does for the allocator, here for calls in this process."""
+    np.empty(32_000_000, dtype=np.uint8)
+
+
 def torch_model(vocab_size, width, out_width, scale=1.0):
-    sizes = ("embed", vocab_size, width, 0.1), ("mix", width, width, 5 / width**0.5)
+    sizes = ("embed", vocab_size, width, 0.1), ("context_proj", width, width, 5 / width**0.5)
     sizes += (("head", width, out_width, scale / width**0.5),)
     return {n: (torch.rand(r, c) - 0.5) * 12**0.5 * deviation for n, r, c, deviation in sizes}
 
@@ -107,21 +114,24 @@ def torch_model(vocab_size, width, out_width, scale=1.0):
 def torch_models(c):
     """Actor, critic, reward model and reference, as init_models makes them; two optimizers."""
     reference, noise = (torch_model(c.vocab_size, c.width, c.vocab_size) for _ in range(2))
-    actor = {name: reference[name] + c.drift * noise[name] for name in reference}
+    actor = {name: reference[name] + c.start_drift * noise[name] for name in reference}
     reward_model = {**reference, "head": torch_model(1, c.width, 1, 2.5)["head"]}
     critic = {name: weights.clone() for name, weights in reference.items()}
-    critic["head"] = c.drift * torch_model(1, c.width, 1)["head"]
+    critic["head"] = c.start_drift * torch_model(1, c.width, 1)["head"]
+    return (actor, critic, reward_model, reference), torch_optimizers(actor, critic, c)
+
+
+def torch_optimizers(actor, critic, c):
     for weights in (*actor.values(), *critic.values()):
         weights.requires_grad_()
-    optimizers = [torch.optim.Adam(x.values(), c.learning_rate) for x in (actor, critic)]
-    return (actor, critic, reward_model, reference), optimizers
+    return [torch.optim.Adam(x.values(), c.learning_rate) for x in (actor, critic)]
 
 
 def torch_hidden(model, tokens):
     """backbone. (B, S) -> (B, S, D)."""
     x = model["embed"][tokens]
     roots = torch.arange(1, x.shape[1] + 1, dtype=x.dtype).sqrt()[:, None]
-    return torch.tanh(x + torch.cumsum(x, 1) / roots @ model["mix"])
+    return torch.tanh(x + torch.cumsum(x, 1) / roots @ model["context_proj"])
 
 
 def torch_outputs(model, prompts, responses):
@@ -141,7 +151,7 @@ def torch_generate(actor, prompts, c):
     running, columns = torch.ones(len(prompts), dtype=torch.bool), []
     for t in range(c.response_length):
         context = context_sum / (prompts.shape[1] + t) ** 0.5
-        hidden = torch.tanh(actor["embed"][token] + context @ actor["mix"])
+        hidden = torch.tanh(actor["embed"][token] + context @ actor["context_proj"])
         logprobs = torch.log_softmax(hidden @ actor["head"], -1)  # (B, D) -> (B, V)
         token = torch.where(running, torch.multinomial(logprobs.exp(), 1)[:, 0], eos_token)
         chosen = logprobs.gather(1, token[:, None])[:, 0]
@@ -236,11 +246,44 @@ def torch_walk_through(c):
     print("log probabilities", (after - seen["old_logprobs"]).sum(1).tolist())
 
 
+def assert_same_numbers(config):
+    """Steps 3 to 7 in PyTorch, on the tokens and weights of one of our steps, give its numbers."""
+    models = loop.prepare(config)
+    copies = [{k: torch.tensor(w) for k, w in model.items()} for model in models]
+    step = next(loop.core_loop(models, config))
+    ours = {k: torch.from_numpy(x) for k, x in vars(step).items() if isinstance(x, np.ndarray)}
+    actor, critic, reward_model, reference = copies
+    tokens, mask = (ours["prompts"], ours["responses"]), ours["mask"]
+    with torch.no_grad():
+        last = len(tokens[0][0]) + mask.sum(1).long() - 1
+        hidden = torch_hidden(reward_model, torch.cat(tokens, 1))
+        found = {
+            "scores": (hidden[torch.arange(len(last)), last] @ reward_model["head"])[:, 0],
+            "old_logprobs": torch_logprobs(actor, *tokens) * mask,
+            "ref_logprobs": torch_logprobs(reference, *tokens) * mask,
+            "values": torch_outputs(critic, *tokens)[..., 0] * mask,
+        }
+        used, returns = torch_advantages(ours["rewards"], found["values"], mask, config)
+    found |= {"loss_advantages": used, "returns": returns}
+    batch = {**ours, "whitened": ours["loss_advantages"]}
+    optimizers = torch_optimizers(actor, critic, config)
+    updates = [torch_update(copies, optimizers, batch, config) for _ in range(config.ppo_epochs)]
+    losses = zip(*[(loss, error) for loss, error, _ in updates])
+    found |= dict(zip(("actor_loss", "critic_loss"), map(torch.stack, losses)))
+    for name, array in found.items():
+        np.testing.assert_allclose(array, ours[name], rtol=2e-3, atol=2e-4, err_msg=name)
+    for name, weights in models.actor.items():
+        theirs = actor[name].detach().numpy()
+        np.testing.assert_allclose(theirs, weights, atol=2 * config.learning_rate, err_msg=name)
+
+
 def show_torch_rows(config, inputs):
     """What is compared with PyTorch; inputs are those of actor_gradients."""
-    same_step = __file__, "--torch-step", json.dumps(vars(config))
+    assert_same_numbers(config)
+    settings = vars(config) | {"start_drift": config.start_drift}
+    same_step = __file__, "--torch-step", json.dumps(settings)
     measured = ratios(5, partial(run, *same_step), partial(run, str(SCRIPT)))
-    show("walk-through / the same step in PyTorch, whole processes", *measured, 0.35)
+    show("walk-through / the same step in PyTorch, whole processes", *measured, 0.3)
     show("peak memory of that step in PyTorch", peak(*same_step), None, " MB")
     actor = {name: torch.tensor(w, requires_grad=True) for name, w in inputs[0].items()}
     prompts, *rest = map(torch.from_numpy, inputs[1:-1])
@@ -251,12 +294,20 @@ def show_torch_rows(config, inputs):
 
     measured = ratios(7, torch_gradients, partial(loop.actor_gradients, *inputs))
     show("actor_gradients / PyTorch", *measured, 0.5)
-    letters = loop.Config(**{**loop.PRESETS["letters"], "drift": 0.0, "steps": 20})
+    letters = loop.configure("letters", steps=20)
     measured = ratios(7, partial(torch_train, letters), partial(train, letters))
     show("the loop, preset letters / PyTorch", *measured, 0.7)
 
 
-def main():
+def show_against(other):
+    """A whole training on letters against that of another version of the script."""
+    flags = "--preset", "letters", "--steps", "200"
+    measured = ratios(3, partial(run, other, *flags), partial(run, str(SCRIPT), *flags))
+    show("a training on letters / that of the other version", *measured, 1.0)
+
+
+def main(against=None):
+    as_command_line_allocates()
     print(f"{f'numpy {np.__version__}':58}{'measured':>12}{'limit':>9}", flush=True)
     inputs = gradient_inputs(loop.Config())
     if torch:
@@ -264,7 +315,9 @@ def main():
     floor = fastest_floor(inputs[2].size, inputs[0]["head"])
     measured = ratios(15, floor, partial(loop.actor_gradients, *inputs))
     show("actor_gradients / three products and an exp", *measured, 2.2)
-    show("walk-through, peak memory", peak(str(SCRIPT)), 250, " MB")
+    show("walk-through, peak memory", peak(str(SCRIPT)), 200, " MB")
+    if against:
+        show_against(against)
     half = {"batch_size": 2, "prompt_length": 32, "response_length": 64, "vocab_size": 25128}
     names = "batch_size", "response_length", "vocab_size"
     sizes = half, *({**half, name: 2 * half[name]} for name in names)
@@ -276,6 +329,7 @@ def main():
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="How fast the loop is.", allow_abbrev=False)
     parser.add_argument("--torch", action="store_true", help="compare with PyTorch, if installed")
+    parser.add_argument("--against", metavar="FILE", help="another version of the script")
     parser.add_argument("--torch-step", help=argparse.SUPPRESS)  # that whole process, by itself
     options = parser.parse_args()
     if options.torch or options.torch_step:
@@ -286,4 +340,4 @@ if __name__ == "__main__":
     else:
         sys.path.insert(0, str(SCRIPT.parent))
         loop = importlib.import_module("rlhf_loop_pseudo")
-        main()
+        main(options.against)

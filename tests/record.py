@@ -23,7 +23,7 @@ def masked(text):
         if not paragraph:
             line = re.sub(r"(?<![\w.])[a-z]+[.…](?=,? |,|$)", "~", line)
         line = re.sub(r"(?<![a-z_\d])-?\d[\d,.]*(-\d+)?%?(?<![,.])\*?", "#", line)
-        line = re.sub(r"# ± #|(?<=[#~] )-(?= |$)", "#", line)
+        line = re.sub(r"# ± #|(?<=[#~] )-( -)*(?= |$)", "#", line)
         line = re.sub(r"(# |#, |…, )+#|(~ )+~", lambda row: row[0][-1], line)
         line = re.sub(r"^(# )?│[^─►▲]*$", "│", line)
         if paragraph and inside:
