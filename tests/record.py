@@ -26,6 +26,7 @@ def masked(text):
         line = re.sub(r"# ± #|(?<=[#~] )-( -)*(?= |$)", "#", line)
         line = re.sub(r"(# |#, |…, )+#|(~ )+~", lambda row: row[0][-1], line)
         line = re.sub(r"^(# )?│[^─►▲]*$", "│", line)
+        line = re.sub(r"^[A-Z][a-z, ]+(?=: human #)", "verdict", line)  # held by its own test
         if paragraph and inside:
             lines[-1] += f" {line}"
         elif [line] != lines[-1:]:

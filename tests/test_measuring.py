@@ -227,7 +227,7 @@ def test_means_and_errors_are_of_windows_that_double_and_a_change_is_three_error
         assert loop.direction(values, 1.08) == 0
 
 
-def test_a_verdict_follows_from_the_figures_and_noise_is_never_called_hacking(stages):
+def test_a_verdict_follows_from_the_figures_and_noise_is_never_called_hacking():
     names, late = ("objective/scores", "objective/human_scores", "val/words"), np.arange(15) >= 7
 
     def verdict(changes, noise=0):
@@ -247,9 +247,8 @@ def test_a_verdict_follows_from_the_figures_and_noise_is_never_called_hacking(st
     verdicts = [verdict((0, 0, 0.5), noise) for noise in noises]
     assert "Reward hacking" not in verdicts
     assert verdicts.count("No clear change") > 960
-    # The letters at --learning-rate 2 --steps 30 --seed 1; then steps that were not reached
-    config = replace(LETTERS, learning_rate=2.0, steps=30)
-    seen = [metrics for metrics, _ in loop.train(loop.prepare(config, stages), config)]
+    config = replace(LETTERS, steps=30)
+    seen = [dict(zip(names, (-n, 0.5, 0.5))) | {"episode": 64 * (n + 1)} for n in range(30)]
     run, part, none = (loop.Run(config, "", None, x, [], {}, {}) for x in (seen, seen[:2], []))
     assert loop.verdict(run.history) == "Training collapsed"
     np.testing.assert_equal(part.history["episode"], [64, 128, *[np.nan] * 28])
