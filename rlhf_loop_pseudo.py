@@ -640,13 +640,12 @@ def adam_step(params, gradients, state, learning_rate):
         if name not in known or g.shape != params[name].shape:
             raise ValueError(f"{name}: the parameter is unknown or has another shape")
     if not state:
-        zeros = dict.fromkeys(gradients, 0.0)
-        state.update(t=0, m=zeros, v=dict(zeros))
+        state.update(t=0, m={}, v={})
     state["t"] += 1
     t, m, v = state["t"], state["m"], state["v"]
     for name, g in gradients.items():
-        m[name] = 0.9 * m[name] + 0.1 * g
-        v[name] = 0.999 * v[name] + 0.001 * g**2
+        m[name] = 0.9 * m.get(name, 0.0) + 0.1 * g
+        v[name] = 0.999 * v.get(name, 0.0) + 0.001 * g**2
         m_hat = m[name] / (1 - 0.9**t)
         v_hat = v[name] / (1 - 0.999**t)
         params[name] -= learning_rate * m_hat / (np.sqrt(v_hat) + 1e-8)
