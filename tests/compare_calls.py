@@ -90,6 +90,11 @@ class Unreadable(Exception):
 # ------------------------------------------------------------------ calling yours
 
 
+def torch_is_used():
+    """Whether your module imports torch, itself or by what it imports."""
+    return "torch" in sys.modules
+
+
 def hand_over(case, way):
     """What yours gets in place of our arguments, by name: always copies."""
     torch = sys.modules.get("torch")
@@ -160,7 +165,7 @@ class Function:
         )
         self.name, self.results, self.tick = name, results, tick
         self.kinds = dict(zip(inspect.signature(self.ours).parameters, kinds))
-        self.way = Way("tensors" if "torch" in sys.modules else "arrays")
+        self.way = Way("tensors" if torch_is_used() else "arrays")
         self.asked, self.overwritten, self.problems = 0, set(), {}
         try:
             parameters = inspect.signature(self.yours).parameters.values()

@@ -120,10 +120,12 @@ def written(signature, *lines):
 
 
 @pytest.fixture
-def run(tmp_path, capsys):
+def run(tmp_path, capsys, monkeypatch):
     """Compare a module with this source. Returns the exit code, the report, and it in one line."""
 
     def compared(source, *options):
+        # other tests may have imported torch into this process
+        monkeypatch.setattr(compare_calls, "torch_is_used", lambda: "import torch" in source)
         path = tmp_path / "my_ppo.py"
         path.write_text(source)
         code = compare.main([str(path), *options])

@@ -172,6 +172,8 @@ def test_a_failed_run_costs_no_older_file(failure, tmp_path, capsys, monkeypatch
         calls.clear()
         code = run(*TINY.split(), "--steps", "5", "--save", str(path))
         assert code == (130 if failure is KeyboardInterrupt else 1)
+        said = capsys.readouterr().out.splitlines()[-1]
+        assert (said == "Interrupted.") == (failure is KeyboardInterrupt)
     assert old.read_bytes() == b"older"
     with np.load(new) as data:
         assert np.isfinite(data["objective/kl"]).tolist() == [True] * 3 + [False] * 2

@@ -161,8 +161,8 @@ def test_the_letters_preset_and_flags_that_win_over_it():
 def test_a_training_begins_at_the_reference_unless_a_drift_was_asked_for():
     assert configured("--preset letters --steps 2").start_drift == 0
     assert configured("--preset letters --steps 2 --drift 0.5").start_drift == 0.5
-    assert configured("--preset letters").start_drift > 0
-    assert configured("").start_drift > 0
+    assert configured("--preset letters").start_drift == 0.1
+    assert configured("").start_drift == 0.75
 
 
 def test_help_has_every_flag_and_no_other_programs_names(capsys, monkeypatch):

@@ -334,4 +334,5 @@ def test_the_learning_rate_falls_to_0(function, which, monkeypatch):
     )
     function(*small_data()[which], np.random.default_rng(0))
     assert (np.diff(rates) < 0).all()
+    assert rates[0] == (0.03, 0.005)[which]
     assert 0 < rates[-1] < rates[0] / 100
